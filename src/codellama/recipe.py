@@ -1,0 +1,242 @@
+"""The recipe: one TOML file that states every choice from raw sources to a released checkpoint.
+
+A recipe holds a corpus, a tokenizer, a model and a tree of stages; `load_recipe` reads it, applies
+dotted overrides, checks every key and type, and returns plain typed values. It deliberately has no
+inheritance, no templates and no search path: what the file says is what runs, and the resolved
+result is written into every run folder.
+
+File in: recipes/NAME.toml. File out: recipe.json (resolved) in corpus and run folders.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Source(Section):
+    """One place that documents come from."""
+
+    name: str
+    kind: Literal["stdlib", "installed", "pypi", "tree"] = "tree"
+    """`stdlib`: this interpreter's library; `installed`: its site-packages; `pypi`: `packages`
+    fetched by name with pip, never installed or run; `tree`: the folder `path`."""
+    path: Path | None = None
+    packages: tuple[str, ...] = ()
+    """Packages to take; empty means all of them (not accepted by `pypi`)."""
+
+    @model_validator(mode="after")
+    def _path_matches_kind(self) -> Source:
+        if (self.kind == "tree") != (self.path is not None):
+            raise ValueError('"path" is needed by kind = "tree" and refused by the other kinds')
+        if self.kind == "pypi" and not self.packages:
+            raise ValueError('kind = "pypi" needs "packages", a list of names')
+        return self
+
+
+class Filters(Section):
+    """Thresholds of the corpus filters; a document outside them is dropped with that reason."""
+
+    min_bytes: Positive = 100  # shorter files are empty __init__.py and stubs
+    max_bytes: Positive = 1_000_000  # larger ones are almost always generated tables
+    max_line_chars: Positive = 1_000  # one such line means data or minified code
+    max_mean_line_chars: Positive = 100
+    min_alphanumeric_share: Share = 0.25
+    max_data_share: Share = 0.5  # share of characters inside hexadecimal or base64 runs
+    permissive_only: bool = True
+    """Drop documents whose licence is known and is not permissive, and those without a licence."""
+
+
+class Corpus(Section):
+    """What `prepare` reads and how it splits the result."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    filters: Filters = Filters()
+    validation_share: Share = 0.02
+    """Share of packages (by hash of the name) that are held out whole."""
+    hold_out: tuple[str, ...] = ()
+    """Packages that are always held out, whatever their hash."""
+    seed: int = 0
+
+
+class TokenizerSettings(Section):
+    """How the vocabulary is trained, or which existing one is taken."""
+
+    vocab_size: Annotated[int, Field(ge=300)] = 8192
+    """Pieces learned from text, the 256 bytes and three control ids included."""
+    sample_bytes: Positive = 60_000_000
+    path: Path | None = None
+    """An existing tokenizer.model to use instead of training one."""
+
+
+class ModelChoice(Section):
+    """A model by name, with any of its fields replaced."""
+
+    name: str
+    overrides: dict[str, int | float | bool] = {}
+
+
+class Stage(Section):
+    """One training run of the cascade. Every stage is run by the same `train`."""
+
+    init: str = "random"
+    """`random`, the name of another stage of this recipe, or the path of a checkpoint."""
+    seq_len: Positive = 512
+    steps: Positive
+    batch_tokens: Positive
+    """Tokens per optimiser step over all ranks and micro-batches."""
+    micro_batch: Positive = 8
+    """Sequences per forward pass on one rank."""
+    peak_lr: Annotated[float, Field(gt=0)]
+    final_lr_ratio: Share = 1 / 30  # Code Llama paper 2.6
+    warmup_steps: Annotated[int, Field(ge=0)] = 1000  # Code Llama paper 2.6
+    betas: tuple[float, float] = (0.9, 0.95)  # Code Llama paper 2.6
+    eps: Annotated[float, Field(gt=0)] = 1e-5  # Llama 2; not stated for Code Llama
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1  # Llama 2; not stated for Code Llama
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0  # Llama 2; not stated for Code Llama
+    fim_rate: Share = 0.9  # Code Llama paper 2.3
+    spm_share: Share = 0.5  # Code Llama paper 2.3
+    rope_theta: Annotated[float, Field(gt=0)] | None = None
+    """Replaces the model's rotary base in this stage and in what it writes."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    compile: bool = True
+    seed: int = 0
+    validate_every: Positive = 200
+    validation_tokens: Positive = 200_000
+    save_every: Positive = 200
+    """Optimiser steps between train states."""
+    keep_states: Annotated[int, Field(ge=2)] = 2  # one alone would be lost with its own damage
+
+    @model_validator(mode="after")
+    def _batch_is_whole(self) -> Stage:
+        if self.batch_tokens % (self.seq_len * self.micro_batch):
+            raise ValueError(
+                f"batch_tokens = {self.batch_tokens} is not a multiple of "
+                f"seq_len x micro_batch = {self.seq_len * self.micro_batch}"
+            )
+        return self
+
+
+class Recipe(Section):
+    """A family of models: corpus, tokenizer, model, and the stages that train it."""
+
+    name: str
+    work: Path
+    """Everything the recipe writes goes below this folder."""
+    corpus: Corpus
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    model: ModelChoice
+    stages: dict[str, Stage] = Field(min_length=1)
+
+    @property
+    def corpus_dir(self) -> Path:
+        """Where `prepare` writes."""
+        return self.work / "corpus"
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Where the tokenizer's files are written."""
+        return self.work / "tokenizer"
+
+    def run_dir(self, stage: str) -> Path:
+        """Where the stage keeps its train states, metrics and checkpoint."""
+        return self.work / "runs" / stage
+
+    def stage(self, name: str) -> Stage:
+        """Return a stage by name.
+
+        Raises:
+            ValueError: no such stage; the message lists those that exist.
+        """
+        if name not in self.stages:
+            raise ValueError(f"no stage {name!r} in recipe {self.name!r}; it has {_list(self.stages)}")
+        return self.stages[name]
+
+    def to_json(self) -> str:
+        """The resolved recipe, as written into run folders."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Read a recipe file and apply overrides such as `stages.code.steps=100`.
+
+    Relative paths inside the recipe are relative to the current folder, like every path that a
+    command is given.
+
+    Raises:
+        ValueError: the file is missing or not TOML, or a key or value is wrong; names it and says
+            what is accepted.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such recipe file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from None
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}: " + "; ".join(_explain(values, e) for e in error.errors())) from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key; the right side is read as TOML, else taken as a string."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set {override!r}: expected key.subkey=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"--set {override!r}: {parent!r} is not a table of the recipe")
+    values[last] = value
+
+
+def _explain(values: dict[str, Any], error: Any) -> str:
+    """One line for one pydantic error: dotted key, what is wrong, what is accepted."""
+    key = ".".join(str(part) for part in error["loc"]) or "recipe"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; accepted here: {_list(_accepted_keys(error['loc'][:-1]))}"
+    got = "" if error["type"] == "missing" else f" (got {error['input']!r})"
+    if len(got) > 80:
+        got = ""
+    return f"{key}: {error['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _accepted_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The fields of the section that a key path leads to."""
+    sections: dict[str, type[Section]] = {
+        "corpus": Corpus,
+        "sources": Source,
+        "filters": Filters,
+        "tokenizer": TokenizerSettings,
+        "model": ModelChoice,
+        "stages": Stage,
+    }
+    named = [sections[part] for part in location if isinstance(part, str) and part in sections]
+    return list((named[-1] if named else Recipe).model_fields)
+
+
+def _list(names: Any) -> str:
+    return ", ".join(sorted(names))
