@@ -75,6 +75,11 @@ def split_fill(text: str) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that end an infill: EOT, and EOS, which the reference does not stop at."""
+    return (tokenizer.eos_id, infilling_ids(tokenizer)[3])
+
+
 def infilling_ids(tokenizer: Tokenizer) -> tuple[int, int, int, int]:
     """Return the ids of PRE, SUF, MID, EOT.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from .chat import Message
 
 MARKER = "▁"  # U+2581, how SentencePiece writes a space
-_CHUNK_CHARS = 4_000  # whole lines; SentencePiece slows down by half on long texts
+_CHUNK_CHARS = 1_000  # whole lines; SentencePiece slows down by half on long texts
 _UNUSUAL = re.compile("[\u2581\ud800-\udfff]+")
 
 
@@ -97,8 +98,7 @@ class Tokenizer:
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
             return cls(file, known.chat_format, known.infilling)
-        template = config.get("chat_template")
-        chat_format = "inst" if isinstance(template, str) and "[INST]" in template else None
+        chat_format = "inst" if "[INST]" in str(config.get("chat_template")) else None
         # A null prefix token is how Hugging Face folders say that a model does not infill.
         return cls(file, chat_format, infilling=config.get("prefix_token", "") is not None)
 
@@ -152,10 +152,29 @@ class Tokenizer:
         return self.encode(data.decode("utf-8", "surrogateescape"), bos, eos)
 
     def encode_batch(
-        self, texts: Sequence[str], bos: bool = False, eos: bool = False
+        self, texts: Iterable[str], bos: bool = False, eos: bool = False
     ) -> list[list[int]]:
-        """Return the ids of many texts."""
-        return [self.encode(text, bos, eos) for text in texts]
+        """Return the ids of many texts, encoded on all cores."""
+        texts = list(texts)
+        results: list[list[int]] = []
+        chunks: list[str] = []
+        owners: list[list[int]] = []
+        for text in texts:
+            ids: list[int] = []
+            if _is_unusual(text):
+                ids = self.encode(text)
+            elif text:
+                parts = self._chunks(" " + text if self.add_dummy_prefix else text)
+                chunks += parts
+                owners += [ids] * len(parts)
+            results.append(ids)
+        encoded = self._processor.encode(chunks, num_threads=os.cpu_count() or 1)
+        for ids, part in zip(owners, encoded, strict=True):
+            ids += part
+        if bos or eos:
+            first, last = [self.bos_id] * bos, [self.eos_id] * eos
+            return [first + ids + last for ids in results]
+        return results
 
     def decode(self, ids: Iterable[int], keep_leading_space: bool = False) -> str:
         """Return the text of ids; control ids have none.
@@ -229,7 +248,7 @@ class Tokenizer:
         return token_id
 
     def _encode(self, text: str) -> list[int]:
-        if text.isascii() or _UNUSUAL.search(text) is None:
+        if not _is_unusual(text):
             return self._encode_plain(text)
         ids: list[int] = []
         at = 0
@@ -246,15 +265,32 @@ class Tokenizer:
         return ids + self._encode_plain(text[at:])
 
     def _encode_plain(self, text: str) -> list[int]:
-        if len(text) <= _CHUNK_CHARS or not self._by_line:
+        if len(text) <= _CHUNK_CHARS:
             return self._processor.encode(text)
         ids: list[int] = []
+        for chunk in self._chunks(text):
+            ids += self._processor.encode(chunk)
+        return ids
+
+    def _chunks(self, text: str) -> list[str]:
+        """Cut a text after newlines, where no piece reaches across."""
+        if not self._by_line:
+            return [text]
+        chunks: list[str] = []
         start = 0
         while start < len(text):
             end = text.find("\n", start + _CHUNK_CHARS) + 1 or len(text)
-            ids += self._processor.encode(text[start:end])
+            chunks.append(text[start:end])
             start = end
-        return ids
+        return chunks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self.file, self.chat_format, self.supports_infilling)
+
+
+def _is_unusual(text: str) -> bool:
+    """Whether SentencePiece would change or refuse a character; costs nothing for ASCII."""
+    return not text.isascii() and _UNUSUAL.search(text) is not None
 
 
 class StreamDecoder:
