@@ -108,6 +108,11 @@ class Stage(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-5  # Llama 2; not stated for Code Llama
     weight_decay: Annotated[float, Field(ge=0)] = 0.1  # Llama 2; not stated for Code Llama
     grad_clip: Annotated[float, Field(gt=0)] = 1.0  # Llama 2; not stated for Code Llama
+    max_document_chars: Positive | None = None
+    """Cut longer documents at top-level statements, so that more of them fit whole in a context
+    and can be transformed; None keeps files whole, as the paper does."""
+    document_mask: bool = True
+    """Attention stays within a document; the paper does not say."""
     fim_rate: Share = 0.9  # Code Llama paper 2.3
     spm_share: Share = 0.5  # Code Llama paper 2.3
     rope_theta: Annotated[float, Field(gt=0)] | None = None

@@ -1,0 +1,129 @@
+"""Artifacts: the folders that stages leave behind, written whole or not at all.
+
+A folder is filled under a temporary name beside its destination, flushed to disk, and renamed, so
+that a folder which exists is complete and a crash, a full disk or a kill leaves what was there
+before. Every artifact carries a manifest.json that says what it is and what it was made from.
+
+It deliberately knows nothing of what the folders hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+def code_version() -> str:
+    """The installed version of this package."""
+    try:
+        return version("codellama")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown"
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_file(path: Path, data: str | bytes) -> None:
+    """Write a file atomically: readers see the old content or the new, never a part.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; when the block ends well it becomes `path`.
+
+    A folder that already stands at `path` is replaced only then. When the block raises, the
+    temporary folder is removed and `path` is as it was.
+
+    Raises:
+        OSError: the folder cannot be made or flushed.
+    """
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed process
+        if not _is_alive(left_over):
+            shutil.rmtree(left_over, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            _flush(file)
+        _flush(temporary)
+        replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced.tmp")
+        if path.exists():
+            path.rename(replaced)
+        temporary.rename(path)
+        _flush(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_manifest(folder: Path, kind: str, **content: Any) -> None:
+    """Write the manifest of an artifact into its (not yet renamed) folder."""
+    manifest = {"kind": kind, "format_version": 1, "code_version": code_version(), **content}
+    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """Read an artifact's manifest.
+
+    Raises:
+        ValueError: the folder is missing, is not an artifact, or is one of another kind.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder (expected a {kind})")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: not a {kind} folder: it has no {MANIFEST}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / MANIFEST}: not readable as JSON: {error}") from None
+    found = manifest.get("kind") if isinstance(manifest, dict) else None
+    if found != kind:
+        raise ValueError(f"{folder}: expected a {kind} folder, found kind {found!r}")
+    return manifest
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_alive(temporary: Path) -> bool:
+    """Whether the process that a temporary folder is named after still runs."""
+    process = temporary.name.removesuffix(".tmp").removesuffix(".replaced").rpartition(".")[2]
+    return process.isdigit() and Path(f"/proc/{process}").exists()

@@ -1,0 +1,202 @@
+"""The loader: batches for training, computed ahead by worker processes, resumable exactly.
+
+Its state is a small plain value, one LaneState for each sequence of the global batch, taken behind
+the last batch that was handed out; what workers computed beyond it is computed again. A new process
+that loads the state continues with the batch that would have come next.
+
+In: a corpus folder's documents (see packing.py). Out: Batch, every field [B, T].
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from codellama.data.packing import (
+    Documents,
+    Lane,
+    LaneState,
+    PackedSequence,
+    PackingSettings,
+    lanes_of_rank,
+)
+from codellama.tokenizer import Tokenizer
+
+_QUEUE_STEPS = 8  # steps that a worker may be ahead
+
+
+class Batch(NamedTuple):
+    """What one rank trains on in one step; every tensor is [B, T]."""
+
+    tokens: Tensor  # int64
+    targets: Tensor  # int64
+    loss_mask: Tensor  # bool
+    document_ids: Tensor  # int64
+    positions: Tensor  # int64
+
+    def to(self, device: str) -> Batch:
+        """The same batch on a device; from pinned memory this does not wait."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+    def micro_batches(self, size: int) -> Iterator[Batch]:
+        """Cut along B."""
+        for begin in range(0, len(self.tokens), size):
+            yield Batch(*(tensor[begin : begin + size] for tensor in self))
+
+
+class Loader:
+    """An endless iterator of one rank's batches.
+
+    Args:
+        open_documents, open_tokenizer: called in every worker; must be picklable.
+        n_lanes: sequences of the global batch.
+        n_workers: processes that compute ahead; 0 computes in this one.
+    """
+
+    def __init__(
+        self,
+        open_documents: Callable[[], Documents],
+        open_tokenizer: Callable[[], Tokenizer],
+        settings: PackingSettings,
+        n_lanes: int,
+        rank: int = 0,
+        world_size: int = 1,
+        n_workers: int = 1,
+    ) -> None:
+        self._open = (open_documents, open_tokenizer)
+        self._settings = settings
+        self._n_lanes = n_lanes
+        self._own = list(lanes_of_rank(n_lanes, rank, world_size))
+        self._n_workers = min(n_workers, len(self._own))
+        self._states = [LaneState()] * n_lanes
+        self._processes: list[Any] = []
+        self._queues: list[Any] = []
+        self._rows: Iterator[dict[int, tuple[PackedSequence, LaneState]]] | None = None
+        self.stall_s = 0.0
+        """Seconds that `next` spent waiting for workers since the first batch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this rank's lanes stand, as plain lists; those of other ranks are as loaded."""
+        return {"n_lanes": self._n_lanes, "lanes": [list(state) for state in self._states]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue behind the batch after which `state` was taken.
+
+        Raises:
+            ValueError: the state is of another global batch.
+        """
+        if state["n_lanes"] != self._n_lanes:
+            raise ValueError(
+                f"the loader state is of {state['n_lanes']} sequences a batch, "
+                f"this run has {self._n_lanes}; keep batch_tokens / seq_len"
+            )
+        self.close()
+        self._states = [LaneState(*lane) for lane in state["lanes"]]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        is_first = self._rows is None
+        if self._rows is None:
+            self._rows = self._from_workers() if self._n_workers else self._inline()
+        begin = time.perf_counter()
+        rows = next(self._rows)
+        if not is_first:  # the first one waits for the workers to start
+            self.stall_s += time.perf_counter() - begin
+        for lane in self._own:
+            self._states[lane] = rows[lane][1]
+        columns = zip(*(rows[lane][0] for lane in self._own), strict=True)
+        return Batch(*(torch.from_numpy(np.stack(column)) for column in columns))
+
+    def close(self) -> None:
+        """End the workers."""
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+        self._processes, self._queues, self._rows = [], [], None
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _inline(self) -> Iterator[dict[int, tuple[PackedSequence, LaneState]]]:
+        return _steps(self._open, self._settings, self._own, self._n_lanes, self._states)
+
+    def _from_workers(self) -> Iterator[dict[int, tuple[PackedSequence, LaneState]]]:
+        """Start the workers, each with every n-th lane, and merge what they send."""
+        context = multiprocessing.get_context("spawn")  # fork is not safe beside torch's threads
+        for worker in range(self._n_workers):
+            lanes = self._own[worker :: self._n_workers]
+            channel = context.Queue(_QUEUE_STEPS)
+            arguments = (channel, self._open, self._settings, lanes, self._n_lanes, self._states)
+            process = context.Process(target=_work, args=(*arguments, os.getpid()), daemon=True)
+            process.start()
+            self._processes.append(process)
+            self._queues.append(channel)
+        while True:
+            rows: dict[int, tuple[PackedSequence, LaneState]] = {}
+            for process, channel in zip(self._processes, self._queues, strict=True):
+                rows |= _receive(process, channel)
+            yield rows
+
+
+def _steps(
+    openers: tuple[Callable[[], Documents], Callable[[], Tokenizer]],
+    settings: PackingSettings,
+    own: list[int],
+    n_lanes: int,
+    states: list[LaneState],
+) -> Iterator[dict[int, tuple[PackedSequence, LaneState]]]:
+    """For each step: every own lane's row and the lane's state behind it."""
+    documents, tokenizer = openers[0](), openers[1]()
+    lanes = [Lane(documents, tokenizer, settings, lane, n_lanes, states[lane]) for lane in own]
+    while True:
+        yield {lane.lane: (lane.next_sequence(), lane.state) for lane in lanes}
+
+
+def _work(channel: Any, *arguments: Any) -> None:
+    """A worker process: send steps until the parent is gone. An error is sent, not lost."""
+    *step_arguments, parent = arguments
+    try:
+        for rows in _steps(*step_arguments):
+            while True:
+                try:
+                    channel.put(rows, timeout=1)
+                    break
+                except queue.Full:
+                    if os.getppid() != parent:  # killed: do not stay behind as an orphan
+                        return
+    except (ValueError, OSError) as error:
+        channel.put(error)
+
+
+def _receive(process: Any, channel: Any) -> dict[int, tuple[PackedSequence, LaneState]]:
+    """One message of a worker.
+
+    Raises:
+        ValueError, OSError: what the worker failed with.
+        RuntimeError: the worker died.
+    """
+    while True:
+        try:
+            message = channel.get(timeout=1)
+        except queue.Empty:
+            if not process.is_alive():
+                code = process.exitcode
+                raise RuntimeError(f"a loader process ended with exit code {code}") from None
+            continue
+        if isinstance(message, Exception):
+            raise message
+        return message

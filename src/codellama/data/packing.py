@@ -1,0 +1,184 @@
+"""Packing: documents one after another into contexts of exactly `seq_len` tokens.
+
+A global batch of B sequences is B lanes. Lane b takes documents b, b + B, b + 2B, ... of an endless
+shuffled order, packs them, and yields one sequence each step. So the position of the whole loader
+is three small numbers a lane, any rank or worker can compute any lane alone, and the global batch
+is the same at every world size.
+
+A document that fits whole into what remains of its context may be transformed for infilling; one
+that is cut across contexts never is (paper 2.3). Each is wrapped in BOS and EOS (the paper does not
+say). Numpy only: worker processes import this file, and torch would cost each of them seconds.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from codellama.data.fim import split_document, transform
+from codellama.tokenizer import Tokenizer
+
+
+class Documents(Protocol):
+    """What packing needs of a corpus."""
+
+    def __len__(self) -> int: ...
+
+    def text(self, index: int) -> str:
+        """The text of a document."""
+        ...
+
+    def sha256(self, index: int) -> str:
+        """A name of the document that does not depend on its place."""
+        ...
+
+
+@dataclass(frozen=True)
+class PackingSettings:
+    """How documents become sequences."""
+
+    seq_len: int
+    fim_rate: float = 0.0
+    spm_share: float = 0.5
+    max_document_chars: int | None = None
+    seed: int = 0
+    shuffle: bool = True
+
+
+class LaneState(NamedTuple):
+    """Where a lane stands: the next token to hand out."""
+
+    turn: int = 0
+    """How many documents the lane has finished."""
+    part: int = 0
+    """Which part of the current document, when documents are split."""
+    offset: int = 0
+    """How many tokens of that part are already handed out; only a cut part has an offset."""
+
+
+class PackedSequence(NamedTuple):
+    """One row of a batch; every array has `seq_len` items."""
+
+    tokens: np.ndarray  # int64
+    targets: np.ndarray  # int64; 0 where loss_mask is False
+    loss_mask: np.ndarray  # bool; False where the next token belongs to another document
+    document_ids: np.ndarray  # int64, counted from 0 in each sequence
+    positions: np.ndarray  # int64, counted from 0 in each document of the sequence
+
+
+class Lane:
+    """An endless stream of packed sequences, resumable from a LaneState."""
+
+    def __init__(
+        self,
+        documents: Documents,
+        tokenizer: Tokenizer,
+        settings: PackingSettings,
+        lane: int,
+        n_lanes: int,
+        state: LaneState | None = None,
+    ) -> None:
+        if len(documents) == 0:
+            raise ValueError("the corpus has no documents in this split")
+        self.documents = documents
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.lane = lane
+        self.n_lanes = n_lanes
+        self.state = state or LaneState()
+        self._parts: list[str] = []
+        self._parts_turn = -1
+        self._cut: list[int] = []  # ids of the part that `offset` points into
+        if self.state.offset:
+            self._cut = self._plain_ids(self._part())
+
+    def next_sequence(self) -> PackedSequence:
+        """Pack the next `seq_len` tokens and move the state behind them."""
+        n_tokens = self.settings.seq_len
+        row = PackedSequence(
+            *(np.zeros(n_tokens, np.int64) for _ in range(2)),
+            np.zeros(n_tokens, np.bool_),
+            *(np.zeros(n_tokens, np.int64) for _ in range(2)),
+        )
+        filled = document = 0
+        while filled < n_tokens:
+            ids = self._cut[self.state.offset :] or self._next_ids(n_tokens - filled)
+            taken = min(len(ids), n_tokens - filled)
+            following = ids[1 : taken + 1]
+            end = filled + taken
+            row.tokens[filled:end] = ids[:taken]
+            row.targets[filled : filled + len(following)] = following
+            row.loss_mask[filled : filled + len(following)] = True
+            row.document_ids[filled:end] = document
+            row.positions[filled:end] = np.arange(taken)
+            self._advance(ids, taken)
+            filled = end
+            document += 1
+        return row
+
+    def _advance(self, ids: list[int], taken: int) -> None:
+        """Move the state behind `taken` of the ids that were left of the current part."""
+        turn, part, offset = self.state
+        if taken < len(ids):
+            self._cut = self._cut or ids
+            self.state = LaneState(turn, part, offset + taken)
+            return
+        self._cut = []
+        is_last = part + 1 >= len(self._parts)
+        self.state = LaneState(turn + 1) if is_last else LaneState(turn, part + 1)
+
+    def _next_ids(self, n_remaining: int) -> list[int]:
+        """The ids of the part that the state stands before, transformed if it fits and is drawn."""
+        text = self._part()
+        ids = self._plain_ids(text)
+        settings = self.settings
+        if len(ids) <= n_remaining and settings.fim_rate > 0:
+            epoch, index = self._document()
+            name = f"{settings.seed}/{epoch}/{self.documents.sha256(index)}/{self.state.part}"
+            middle_out = transform(
+                self.tokenizer, text, random.Random(name), settings.fim_rate, settings.spm_share
+            )
+            if middle_out is not None and len(middle_out) + 2 <= n_remaining:
+                return [self.tokenizer.bos_id, *middle_out, self.tokenizer.eos_id]
+        return ids
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, bos=True, eos=True)
+
+    def _part(self) -> str:
+        """The text of the current part of the current document."""
+        if self._parts_turn != self.state.turn:
+            _, index = self._document()
+            text = self.documents.text(index)
+            self._parts = split_document(text, self.settings.max_document_chars)
+            self._parts_turn = self.state.turn
+        return self._parts[self.state.part]
+
+    def _document(self) -> tuple[int, int]:
+        """(epoch, index) of the lane's current document in the endless shuffled order."""
+        epoch, place = divmod(self.lane + self.state.turn * self.n_lanes, len(self.documents))
+        if not self.settings.shuffle:
+            return epoch, place
+        return epoch, int(_permutation(self.settings.seed, epoch, len(self.documents))[place])
+
+
+@lru_cache(maxsize=4)  # the lanes of a worker can be in two epochs at once
+def _permutation(seed: int, epoch: int, n_documents: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(n_documents)
+
+
+def lanes_of_rank(n_lanes: int, rank: int, world_size: int) -> Sequence[int]:
+    """The lanes that one rank computes: a contiguous block.
+
+    Raises:
+        ValueError: the lanes do not divide over the ranks.
+    """
+    if n_lanes % world_size:
+        raise ValueError(f"{n_lanes} sequences a batch do not divide over {world_size} ranks")
+    share = n_lanes // world_size
+    return range(rank * share, (rank + 1) * share)
