@@ -117,14 +117,11 @@ class ModelFile:
             if piece.kind != NORMAL:
                 body += b"\x18" + _varint(piece.kind)
             out += b"\x0a" + _varint(len(body)) + body
-        # TrainerSpec of the fields that decide how text is encoded, where there is none to keep.
-        spec = (
-            self.trainer_spec or b"\x18\x02\x98\x02\x01"
-        )  # model_type = BPE, byte_fallback = true
+        spec = self.trainer_spec or b"\x18\x02\x98\x02\x01"  # BPE with byte fallback
         out += b"\x12" + _varint(len(spec)) + spec
         dummy = b"\x01" if self.add_dummy_prefix else b"\x00"
-        norm = b"\x0a\x08identity\x12\x00\x18" + dummy + b"\x20\x00"
-        out += b"\x1a" + _varint(len(norm)) + norm + b"\x32\x00"
+        norm = b"\x0a\x08identity\x12\x00\x18" + dummy + b"\x20\x00\x32\x00"
+        out += b"\x1a" + _varint(len(norm)) + norm
         return bytes(out)
 
     def with_pieces(self, pieces: list[Piece] | tuple[Piece, ...]) -> ModelFile:

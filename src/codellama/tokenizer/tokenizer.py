@@ -126,6 +126,16 @@ class Tokenizer:
 
         write_files(self, Path(folder))
 
+    def with_chat_format(self, chat_format: str | None) -> Tokenizer:
+        """Return the same vocabulary for a model trained to chat; `save` then adds the template.
+
+        Raises:
+            ValueError: not "inst", and `<step>` decides over "source".
+        """
+        if self.step_id is not None or chat_format not in ("inst", None):
+            raise ValueError(f'chat format {chat_format!r}: only "inst" or None can be set')
+        return Tokenizer(self.file, chat_format, self.supports_infilling)
+
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of a text; an empty text has none.
 
@@ -258,8 +268,8 @@ class Tokenizer:
             try:
                 data = match.group().encode("utf-8", "surrogateescape")
             except UnicodeEncodeError as error:
-                where = match.start() + error.start
-                raise ValueError(f"character {where} is half of a surrogate pair") from None
+                code = f"U+{ord(match.group()[error.start]):04X}"
+                raise ValueError(f"the text holds {code}, half of a surrogate pair") from None
             # SentencePiece would read U+2581 as a space; as bytes it comes back as itself.
             ids += [byte + 3 for byte in data]
         return ids + self._encode_plain(text[at:])
