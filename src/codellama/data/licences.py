@@ -1,0 +1,246 @@
+"""Licences: from package metadata or a licence file to one SPDX-like string, and whether it is permissive.
+
+It reads what a package declares and nothing more: it is no legal advice, and it does not look
+for licences of single files apart from `SPDX-License-Identifier` lines and GNU headers.
+
+In: METADATA of a wheel, text of a licence file, first lines of a source file. Out: strings such
+as `MIT`, `Apache-2.0 OR BSD-3-Clause`, `BSD` (which clause is not known), `unknown`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from email.message import Message
+
+UNKNOWN = "unknown"
+
+PERMISSIVE = frozenset(
+    [
+        "0BSD",
+        "AFL-3.0",
+        "Apache-2.0",
+        "BlueOak-1.0.0",
+        "BSD",
+        "BSD-1-Clause",
+        "BSD-2-Clause",
+        "BSD-3-Clause",
+        "BSL-1.0",
+        "CC0-1.0",
+        "CNRI-Python",
+        "HPND",
+        "ISC",
+        "LicenseRef-Biopython-License-Agreement",
+        "LicenseRef-Public-Domain",
+        "MIT",
+        "MIT-0",
+        "MIT-CMU",
+        "NCSA",
+        "PSF-2.0",
+        "Python-2.0",
+        "Unicode-3.0",
+        "Unlicense",
+        "UPL-1.0",
+        "WTFPL",
+        "Zlib",
+        "ZPL-2.1",
+    ]
+)
+
+# Free-text names in use -> SPDX; compared in lower case without punctuation and filler words.
+_NAMES = {
+    "mit": "MIT",
+    "expat": "MIT",
+    "mit cmu": "MIT-CMU",
+    "hpnd": "HPND",
+    "historical permission notice and disclaimer hpnd": "HPND",
+    "apache": "Apache-2.0",
+    "apache 2": "Apache-2.0",
+    "apache 2.0": "Apache-2.0",
+    "apache2": "Apache-2.0",
+    "apache software": "Apache-2.0",
+    "apache software 2.0": "Apache-2.0",
+    "asl 2": "Apache-2.0",
+    "asl 2.0": "Apache-2.0",
+    "bsd": "BSD",
+    "bsd 2 clause": "BSD-2-Clause",
+    "2 clause bsd": "BSD-2-Clause",
+    "simplified bsd": "BSD-2-Clause",
+    "bsd 3 clause": "BSD-3-Clause",
+    "3 clause bsd": "BSD-3-Clause",
+    "new bsd": "BSD-3-Clause",
+    "modified bsd": "BSD-3-Clause",
+    "isc": "ISC",
+    "isc iscl": "ISC",
+    "psf": "PSF-2.0",
+    "psf 2.0": "PSF-2.0",
+    "psfl": "PSF-2.0",
+    "python software foundation": "PSF-2.0",
+    "python 2.0": "PSF-2.0",
+    "unlicense": "Unlicense",
+    "unlicense unlicense": "Unlicense",
+    "public domain": "LicenseRef-Public-Domain",
+    "zlib": "Zlib",
+    "zlib libpng": "Zlib",
+    "zope public": "ZPL-2.1",
+    "zpl 2.1": "ZPL-2.1",
+    "cc0": "CC0-1.0",
+    "cc0 1.0 universal cc0 1.0 public domain dedication": "CC0-1.0",
+    "boost software 1.0 bsl 1.0": "BSL-1.0",
+    "mit no attribution mit 0": "MIT-0",
+    "mozilla public 2.0 mpl 2.0": "MPL-2.0",
+    "mpl 2.0": "MPL-2.0",
+}
+
+# Classifiers that name a property and no licence.
+_NO_LICENCE = {"freely distributable", "osi approved", "dual", "other"}
+
+# Phrases that identify a licence text, more specific ones first: GNU texts quote others.
+_TEXTS = (
+    ("GNU AFFERO GENERAL PUBLIC LICENSE", "AGPL-3.0"),
+    ("GNU LESSER GENERAL PUBLIC LICENSE", "LGPL"),
+    ("GNU LIBRARY GENERAL PUBLIC LICENSE", "LGPL"),
+    ("GNU GENERAL PUBLIC LICENSE", "GPL"),
+    ("MOZILLA PUBLIC LICENSE", "MPL-2.0"),
+    ("ECLIPSE PUBLIC LICENSE", "EPL-2.0"),
+    ("APACHE LICENSE", "Apache-2.0"),
+    ("PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2", "PSF-2.0"),
+    ("THIS IS FREE AND UNENCUMBERED SOFTWARE RELEASED INTO THE PUBLIC DOMAIN", "Unlicense"),
+    ("CC0 1.0 UNIVERSAL", "CC0-1.0"),
+    ("NEITHER THE NAME", "BSD-3-Clause"),
+    ("NAMES OF ITS CONTRIBUTORS MAY NOT BE USED TO ENDORSE", "BSD-3-Clause"),
+    ("REDISTRIBUTION AND USE IN SOURCE AND BINARY FORMS", "BSD-2-Clause"),
+    ("PERMISSION IS HEREBY GRANTED, FREE OF CHARGE, TO ANY PERSON OBTAINING A COPY", "MIT"),
+    ("PERMISSION TO USE, COPY, MODIFY, AND/OR DISTRIBUTE THIS SOFTWARE FOR ANY PURPOSE", "ISC"),
+    ("PERMISSION TO USE, COPY, MODIFY, AND DISTRIBUTE THIS SOFTWARE FOR ANY PURPOSE", "ISC"),
+    ("THIS SOFTWARE IS PROVIDED 'AS-IS', WITHOUT ANY EXPRESS OR IMPLIED WARRANTY", "Zlib"),
+)
+
+LICENCE_FILE = re.compile(r"(?i)(licen[cs]e|copying|unlicense)([-._].*)?")
+"""Names of files that hold a licence text."""
+
+
+def licence_of_metadata(metadata: Message, licence_texts: Iterable[str] = ()) -> str:
+    """The licence that a distribution declares: expression, field, classifiers, then its files.
+
+    metadata: headers of METADATA or PKG-INFO; licence_texts: licence files beside it.
+    """
+    expression = str(metadata.get("License-Expression") or "").strip()
+    if expression:
+        return expression
+    texts = [found for text in licence_texts if (found := licence_of_text(text)) != UNKNOWN]
+    field = str(metadata.get("License") or "").strip()
+    found = _named(field) if len(field) < 80 else licence_of_text(field)
+    if found == UNKNOWN:
+        classifiers = [str(c).split("::") for c in metadata.get_all("Classifier", [])]
+        named = {_named(c[-1]) for c in classifiers if c[0].strip() == "License" and len(c) > 1}
+        # Several classifiers: all of them must be permissive, for which of them is meant is not known.
+        found = " AND ".join(sorted(named - {""})) or UNKNOWN
+    if found == UNKNOWN and texts:
+        return " AND ".join(sorted(set(texts)))
+    if found == "BSD" and len(set(texts)) == 1 and texts[0].startswith("BSD"):
+        return texts[0]
+    return found
+
+
+def licence_of_text(text: str) -> str:
+    """The licence whose wording the text holds, or `unknown`."""
+    wording = " ".join(text.upper().replace("’", "'").split())
+    hits = [(wording.find(phrase), name) for phrase, name in _TEXTS if phrase in wording]
+    if not hits:
+        return UNKNOWN
+    # The title or first clause decides; for one position the order above does (BSD-3 over BSD-2).
+    names = [name for _, name in hits]
+    if "BSD-3-Clause" in names and "BSD-2-Clause" in names:
+        hits = [hit for hit in hits if hit[1] != "BSD-2-Clause"]
+        hits = [
+            (wording.find("REDISTRIBUTION AND USE"), n) if n == "BSD-3-Clause" else (at, n)
+            for at, n in hits
+        ]
+    if re.match(r"\W*(THE )?MIT LICENSE", wording):
+        return "MIT"
+    return min(hits, key=lambda hit: hit[0])[1]
+
+
+_SPDX_LINE = re.compile(r"SPDX-License-Identifier:\s*([^\n*]+)")
+_GNU_HEADER = re.compile(
+    r"(?i)under the terms of the (?:\W|the)*GNU (?:(lesser|library) )?(?:general|affero)"
+)
+
+
+def licence_of_header(text: str) -> str | None:
+    """The licence that the first lines of a source file claim for that file, if they do."""
+    head = text[:3000]
+    if found := _SPDX_LINE.search(head):
+        return found[1].strip().rstrip("#-/ ").strip("\"'")
+    comments = " ".join(head.replace("#", " ").split())
+    if found := _GNU_HEADER.search(comments):
+        return "LGPL" if found[1] else "GPL"
+    return None
+
+
+def is_permissive(licence: str) -> bool:
+    """Whether a licence expression allows use with no more than attribution.
+
+    `A OR B` needs one permissive side, `A AND B` both; `GPL WITH GCC-exception` covers
+    compiler runtime libraries inside wheels and does not touch their Python files.
+    """
+    text = licence.strip()
+    while text.startswith("(") and _closing(text) == len(text) - 1:
+        text = text[1:-1].strip()
+    for operator, decide in ((" OR ", any), (" AND ", all)):
+        parts = _split(text, operator)
+        if len(parts) > 1:
+            return decide(is_permissive(part) for part in parts)
+    name, _, exception = text.partition(" WITH ")
+    return name in PERMISSIVE or exception.strip().startswith("GCC-exception")
+
+
+def _split(text: str, operator: str) -> list[str]:
+    """Split at an operator outside parentheses."""
+    parts, depth, start = [], 0, 0
+    for index, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0 and text[index : index + len(operator)].upper() == operator:
+            parts.append(text[start:index])
+            start = index + len(operator)
+    return [*parts, text[start:]]
+
+
+def _closing(text: str) -> int:
+    """Index of the parenthesis that closes the first one, -1 if none does."""
+    depth = 0
+    for index, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return index
+    return -1
+
+
+def _named(name: str) -> str:
+    """SPDX for a licence name as people write it; "" for a name that states no licence."""
+    name = name.strip()
+    if name in PERMISSIVE:
+        return name
+    plain = re.sub(r"[^a-z0-9.]+", " ", name.lower())
+    plain = re.sub(r"\b(the|licen[cs]ed?|v|version|under|style|or|later)\b", " ", plain)
+    plain = " ".join(re.sub(r"\bv(?=\d)", "", plain).split()).strip(".")
+    if plain in _NO_LICENCE:
+        return ""
+    if plain in _NAMES:
+        return _NAMES[plain]
+    if name and all(part.strip(" ()") in PERMISSIVE for part in re.split(r" OR | AND ", name)):
+        return name
+    return UNKNOWN if not plain else _gnu(name) or UNKNOWN
+
+
+def _gnu(name: str) -> str | None:
+    """Recognise GNU licence names, for the counts per licence to say what was left out."""
+    upper = name.upper()
+    if "AGPL" in upper or "AFFERO" in upper:
+        return "AGPL-3.0"
+    if "LGPL" in upper or "LESSER" in upper:
+        return "LGPL"
+    if "GPL" in upper or "GNU GENERAL" in upper:
+        return "GPL"
+    return None
