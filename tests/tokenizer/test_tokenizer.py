@@ -282,6 +282,13 @@ def test_training_follows_llama(small_tokenizer, stdlib_sources):
     assert again.file == t.file
 
 
+def test_rare_characters_are_left_to_the_bytes(stdlib_sources):
+    table = "".join(chr(0x4E00 + n) for n in range(3000))
+    t = Tokenizer.train([*stdlib_sources, *[table[n::50] for n in range(50)]], 700)
+    assert sum(len(p.text) == 1 for p in t.file.pieces) <= 128
+    assert t.decode(t.encode(table)) == table
+
+
 def test_training_needs_enough_text():
     with pytest.raises(ValueError, match="vocabulary of 5000 pieces"):
         Tokenizer.train(["def f():\n    return 1\n"], 5000)
