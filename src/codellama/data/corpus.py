@@ -9,8 +9,6 @@ In: rows as Arrow tables. Out: `CorpusReader`, texts by index.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -20,8 +18,9 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from codellama.artifact import read_manifest, sha256_file
+
 KIND = "corpus"
-FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 Split = Literal["train", "validation"]
 
@@ -78,7 +77,7 @@ class ShardWriter:
                 "rows": self._written_rows,
                 "text_bytes": self._written_bytes,
                 "file_bytes": path.stat().st_size,
-                "sha256": sha256_of_file(path),
+                "sha256": sha256_file(path),
             }
         )
         self._written_bytes = self._written_rows = 0
@@ -98,35 +97,6 @@ class ShardWriter:
         self._rows, self._group_bytes = [], 0
 
 
-def sha256_of_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Read the manifest of a corpus folder.
-
-    Raises:
-        ValueError: the folder is missing, is no corpus, or has a format that this version cannot read.
-    """
-    folder = Path(folder)
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"not a corpus folder: {folder} has no manifest.json") from None
-    except ValueError as error:
-        raise ValueError(f"not a corpus folder: {folder}/manifest.json: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-        raise ValueError(f"not a corpus folder: {folder}/manifest.json is of another kind")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder}/manifest.json: format_version {manifest.get('format_version')!r}, "
-            f"this version reads {FORMAT_VERSION}"
-        )
-    return manifest
-
-
 def verify_shard(folder: Path, shard: dict[str, Any]) -> None:
     """Compare one shard with its entry in the manifest.
 
@@ -139,7 +109,7 @@ def verify_shard(folder: Path, shard: dict[str, Any]) -> None:
         raise ValueError(f"{path}: shard is missing; {remedy}")
     if (size := path.stat().st_size) != shard["file_bytes"]:
         raise ValueError(f"{path}: has {size} bytes instead of {shard['file_bytes']}; {remedy}")
-    if sha256_of_file(path) != shard["sha256"]:
+    if sha256_file(path) != shard["sha256"]:
         raise ValueError(f"{path}: content is damaged (checksum differs); {remedy}")
 
 
@@ -162,7 +132,7 @@ class CorpusReader:
     ) -> None:
         """verify: compare all shards with their checksums, about 1 s per GB on disk."""
         self.folder, self.split = Path(folder), split
-        self.manifest = read_manifest(folder)
+        self.manifest = read_manifest(Path(folder), KIND)
         if split not in SPLITS:
             raise ValueError(f"no split {split!r}; a corpus has {', '.join(SPLITS)}")
         self._files: list[pq.ParquetFile] = []

@@ -35,22 +35,8 @@ REASONS = (
 """Why a file is dropped, in the order in which it is asked; only the first reason counts."""
 
 VENDORED_FOLDERS = frozenset(
-    [
-        "_vendor",
-        "_vendored",
-        "vendor",
-        "vendored",
-        "vendors",
-        "_vendors",
-        "extern",
-        "externals",
-        "_extern",
-        "third_party",
-        "_third_party",
-        "thirdparty",
-        "3rdparty",
-        "patched",
-    ]
+    {"_vendor", "_vendored", "vendor", "vendored", "vendors", "_vendors", "patched"}
+    | {"extern", "externals", "_extern", "third_party", "_third_party", "thirdparty", "3rdparty"}
 )
 """A held-out package that another one carries along would be trained on through these."""
 

@@ -1,4 +1,4 @@
-"""Licences: from package metadata or a licence file to one SPDX-like string, and whether it is permissive.
+"""Licences: what a package or file declares, as one SPDX-like string, and if it is permissive.
 
 It reads what a package declares and nothing more: it is no legal advice, and it does not look
 for licences of single files apart from `SPDX-License-Identifier` lines and GNU headers.
@@ -16,35 +16,10 @@ from email.message import Message
 UNKNOWN = "unknown"
 
 PERMISSIVE = frozenset(
-    [
-        "0BSD",
-        "AFL-3.0",
-        "Apache-2.0",
-        "BlueOak-1.0.0",
-        "BSD",
-        "BSD-1-Clause",
-        "BSD-2-Clause",
-        "BSD-3-Clause",
-        "BSL-1.0",
-        "CC0-1.0",
-        "CNRI-Python",
-        "HPND",
-        "ISC",
-        "LicenseRef-Biopython-License-Agreement",
-        "LicenseRef-Public-Domain",
-        "MIT",
-        "MIT-0",
-        "MIT-CMU",
-        "NCSA",
-        "PSF-2.0",
-        "Python-2.0",
-        "Unicode-3.0",
-        "Unlicense",
-        "UPL-1.0",
-        "WTFPL",
-        "Zlib",
-        "ZPL-2.1",
-    ]
+    {"0BSD", "AFL-3.0", "Apache-2.0", "BlueOak-1.0.0", "BSD", "BSD-1-Clause", "BSD-2-Clause"}
+    | {"BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "HPND", "ISC", "MIT", "MIT-0"}
+    | {"MIT-CMU", "NCSA", "PSF-2.0", "Python-2.0", "Unicode-3.0", "Unlicense", "UPL-1.0", "WTFPL"}
+    | {"Zlib", "ZPL-2.1", "LicenseRef-Biopython-License-Agreement", "LicenseRef-Public-Domain"}
 )
 
 # Free-text names in use -> SPDX; compared in lower case without punctuation and filler words.
@@ -134,7 +109,7 @@ def licence_of_metadata(metadata: Message, licence_texts: Iterable[str] = ()) ->
     if found == UNKNOWN:
         classifiers = [str(c).split("::") for c in metadata.get_all("Classifier", [])]
         named = {_named(c[-1]) for c in classifiers if c[0].strip() == "License" and len(c) > 1}
-        # Several classifiers: all of them must be permissive, for which of them is meant is not known.
+        # Several classifiers: which of them holds is not said, so all must be permissive.
         found = " AND ".join(sorted(named - {""})) or UNKNOWN
     if found == UNKNOWN and texts:
         return " AND ".join(sorted(set(texts)))

@@ -14,11 +14,9 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,12 @@ from daft import DataType, col
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from codellama.data.corpus import FORMAT_VERSION, KIND, SPLITS, ShardWriter, read_manifest
-from codellama.data.dedup import mark_duplicates, normalised_key
+from codellama.artifact import code_version, new_folder, read_manifest, write_manifest
+from codellama.data.corpus import KIND, SPLITS, ShardWriter
+from codellama.data.dedup import normalised_key
 from codellama.data.filters import REASONS, judge_bytes, judge_path
-from codellama.data.sources import Listing, list_sources, normalised_name, read_file
+from codellama.data.sources import Listing, list_sources, read_file
+from codellama.data.split import assign_splits, unit_hash
 from codellama.recipe import Corpus, Filters, Recipe
 
 EXAMPLES_PER_REASON = 5
@@ -57,24 +57,19 @@ def prepare_corpus(recipe: Recipe) -> Path:
         if _is_current(folder, identity):
             console.print(f"{folder}: up to date, nothing to do")
             return folder
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
         try:
-            partial.mkdir()
-            manifest = _build(recipe.corpus, listing, identity, partial, console)
-            _write_whole(partial / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-            _swap(partial, folder)
-        except (OSError, daft.exceptions.DaftCoreException) as error:
+            with new_folder(folder) as partial:
+                manifest = _build(recipe.corpus, listing, partial, console)
+                write_manifest(partial, KIND, **identity, **manifest)
+        except OSError as error:
             raise OSError(f"{folder}: could not write the corpus: {error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    _report(manifest, folder, console)
+    _report(identity | manifest, folder, console)
     return folder
 
 
 @contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder above the corpus locked, and undo a swap that was cut short."""
+    """Hold the folder above the corpus locked; the lock ends with the process."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder.parent, os.O_RDONLY)
     try:
@@ -82,22 +77,9 @@ def _only_writer(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder}: another process is preparing this corpus") from None
-        previous = folder.with_name(folder.name + ".previous")
-        if previous.exists() and not folder.exists():
-            previous.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
         yield
     finally:
         os.close(descriptor)
-
-
-def _swap(partial: Path, folder: Path) -> None:
-    """Put the new folder in the place of the old one; the old one is deleted last."""
-    previous = folder.with_name(folder.name + ".previous")
-    if folder.exists():
-        folder.rename(previous)
-    partial.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _identity(corpus: Corpus, listing: Listing) -> dict[str, Any]:
@@ -107,9 +89,6 @@ def _identity(corpus: Corpus, listing: Listing) -> dict[str, Any]:
         fields = (file.source, file.repository, file.path, file.licence, file.size, file.crc)
         digest.update(json.dumps(fields).encode() + b"\n")
     return {
-        "kind": KIND,
-        "format_version": FORMAT_VERSION,
-        "code_version": metadata.version("codellama"),
         "python": ".".join(platform.python_version_tuple()[:2]),  # decides what parses
         "config": corpus.model_dump(mode="json"),
         "inputs": {
@@ -124,12 +103,13 @@ def _identity(corpus: Corpus, listing: Listing) -> dict[str, Any]:
 def _is_current(folder: Path, identity: dict[str, Any]) -> bool:
     """Whether the folder holds the corpus of this identity, all shards present."""
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, KIND)
     except ValueError:
         return False
-    sizes = {shard["file"]: shard["file_bytes"] for shard in manifest["shards"]}
+    expected = identity | {"code_version": code_version()}
+    sizes = {shard["file"]: shard["file_bytes"] for shard in manifest.get("shards", [])}
     there = {file.name: file.stat().st_size for file in folder.glob("*.parquet")}
-    return sizes == there and all(manifest.get(key) == identity[key] for key in identity)
+    return sizes == there and all(manifest.get(key) == expected[key] for key in expected)
 
 
 _EXAMINED = DataType.struct(
@@ -140,6 +120,14 @@ _EXAMINED = DataType.struct(
         "n_bytes": DataType.int64(),
         "sha256": DataType.string(),
     }
+)
+
+
+_STAGED = pa.schema(
+    [("id", pa.int64())]
+    + [(name, pa.large_string()) for name in ("source", "repository", "path", "licence")]
+    + [(name, pa.large_string()) for name in ("text", "reason", "key")]
+    + [("n_bytes", pa.int64()), ("sha256", pa.large_string())]
 )
 
 
@@ -172,10 +160,13 @@ def _examine(
     }
 
 
-def _build(
-    corpus: Corpus, listing: Listing, identity: dict[str, Any], folder: Path, console: Console
-) -> dict[str, Any]:
-    """Write shards into the folder and return the manifest."""
+def _build(corpus: Corpus, listing: Listing, folder: Path, console: Console) -> dict[str, Any]:
+    """Write shards into the folder and return what the manifest says about them."""
+    if not listing.files:
+        missing = ", ".join(listing.unavailable) or "nothing"
+        raise ValueError(
+            f"the corpus is empty: no Python files in its sources (not available: {missing})"
+        )
     # Texts pass through a file, so that duplicates are found on their keys alone.
     staged = folder / "staged.parquet"
     columns = ("source", "repository", "path", "licence", "n_bytes", "reason", "key", "sha256")
@@ -191,14 +182,13 @@ def _build(
     drops = _drop_counts(small)
     if not kept:
         counts = ", ".join(f"{reason}: {drop['n']}" for reason, drop in drops.items())
-        raise ValueError(
-            f"the corpus is empty: of {len(listing.files)} files none was kept ({counts or 'no files'})"
-        )
+        n_files = len(listing.files)
+        raise ValueError(f"the corpus is empty: of {n_files} files none was kept ({counts or '-'})")
     if "train" not in split:
         raise ValueError("corpus.hold_out names every package: nothing is left to train on")
     shards = _write_shards(staged, kept, split, small, corpus.seed, folder, console)
     staged.unlink()
-    return _manifest(identity, listing, small, split, drops, shards)
+    return _contents(small, split, drops, shards)
 
 
 def _stage(listing: Listing, filters: Filters, staged: Path) -> Iterator[pa.Table]:
@@ -208,76 +198,20 @@ def _stage(listing: Listing, filters: Filters, staged: Path) -> Iterator[pa.Tabl
         {"id": list(range(len(listing.files)))}
         | {name: [getattr(file, name) for file in listing.files] for name in fields}
     )
-    examine = daft.func(
-        _examine,
-        return_dtype=_EXAMINED,
-        unnest=True,
-        use_process=len(listing.files) >= IN_PROCESS_FILES,
-    )
+    in_workers = len(listing.files) >= IN_PROCESS_FILES
+    examine = daft.func(_examine, return_dtype=_EXAMINED, unnest=True, use_process=in_workers)
     inputs = [col(name) for name in ("path", "licence", "location", "member", "size")]
-    rows = frame.into_batches(BATCH_FILES).select(
-        *(col(name) for name in ("id", "source", "repository", "path", "licence")),
-        examine(*inputs, filters),
-    )
-    writer, expected = None, 0
-    for batch in rows.to_arrow_iter():
-        table = pa.Table.from_batches([batch])
-        first = table.column("id")[0].as_py()
-        assert first == expected, "Daft keeps the order of rows"
-        expected += table.num_rows
-        if writer is None:
-            writer = pq.ParquetWriter(staged, table.schema, compression="zstd", compression_level=1)
-        writer.write_table(table)
-        yield table
-    if writer is not None:
-        writer.close()
-
-
-def assign_splits(corpus: Corpus, rows: dict[str, list[Any]]) -> list[str | None]:
-    """Decide `train`, `validation` or None (dropped) for each row, and mark duplicates as such.
-
-    Whole packages are held out. Of documents with equal normalised text one stays: the one of a
-    held-out package first, so that what is validated on is never trained on, then the one of the
-    earlier source. Without any held-out document, single documents are held out by their hash.
-    rows: columns `repository`, `reason`, `key`, `sha256`; reasons of duplicates are filled in.
-    """
-    held = {name: _is_held_out(corpus, name) for name in set(rows["repository"])}
-    n_rows = len(rows["reason"])
-    ids = [index for index in range(n_rows) if rows["reason"][index] is None]
-    if not ids:
-        return [None] * n_rows
-    order = [index + (0 if held[rows["repository"][index]] else n_rows) for index in ids]
-    frame = daft.from_pydict({"id": ids, "order": order, "key": [rows["key"][i] for i in ids]})
-    marked = mark_duplicates(frame).where(col("is_duplicate")).select("id").to_pydict()
-    split: list[str | None] = [None] * n_rows
-    for index in ids:
-        split[index] = "validation" if held[rows["repository"][index]] else "train"
-    for index in marked["id"]:
-        split[index], rows["reason"][index] = None, "duplicate"
-    kept = [index for index in ids if split[index]]
-    named = {normalised_name(name) for name in corpus.hold_out}
-    free = [i for i in kept if normalised_name(rows["repository"][i]) not in named]
-    if len(kept) >= 2 and len(free) > 0 and len({split[index] for index in kept}) == 1:
-        # One split is empty: too few packages to hold out a whole one.
-        free.sort(key=lambda index: _unit_hash(corpus.seed, rows["sha256"][index]))
-        n_held = max(1, min(round(corpus.validation_share * len(free)), len(free) - 1))
-        for rank, index in enumerate(free):
-            split[index] = "validation" if rank < n_held else "train"
-    return split
-
-
-def _is_held_out(corpus: Corpus, repository: str) -> bool:
-    """Whether a package is held out whole; the standard library never is by its hash."""
-    name = normalised_name(repository)
-    if name in {normalised_name(held) for held in corpus.hold_out}:
-        return True
-    return name != "cpython" and _unit_hash(corpus.seed, name) < corpus.validation_share
-
-
-def _unit_hash(seed: int, text: str) -> float:
-    """A number in [0, 1) that depends on both arguments and nothing else."""
-    digest = hashlib.sha256(f"{seed}:{text}".encode()).digest()
-    return int.from_bytes(digest[:7], "big") / (1 << 56)
+    examined: Any = examine(*inputs, filters)
+    kept_columns = [col(name) for name in ("id", "source", "repository", "path", "licence")]
+    rows = frame.into_batches(BATCH_FILES).select(*kept_columns, examined)
+    expected = 0
+    with pq.ParquetWriter(staged, _STAGED, compression="zstd", compression_level=1) as writer:
+        for batch in rows.to_arrow_iter():
+            table = pa.Table.from_batches([batch]).cast(_STAGED)
+            assert table.column("id")[0].as_py() == expected, "Daft keeps the order of rows"
+            expected += table.num_rows
+            writer.write_table(table)
+            yield table
 
 
 def _write_shards(
@@ -289,8 +223,8 @@ def _write_shards(
     folder: Path,
     console: Console,
 ) -> list[dict[str, Any]]:
-    """Write kept documents in an order mixed by their hash, so that a sequential reader sees all."""
-    order = [f"{_unit_hash(seed, rows['sha256'][index]):.17f}" for index in kept]
+    """Write kept documents in an order mixed by their hash, for readers that go in order."""
+    order = [f"{unit_hash(seed, rows['sha256'][index]):.17f}" for index in kept]
     chosen = daft.from_pydict(
         {"id": kept, "split": [split[index] for index in kept], "order": order}
     )
@@ -315,30 +249,25 @@ def _write_shards(
 
 def _drop_counts(rows: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     """How many files each reason dropped, in the order of the filters, with a few examples."""
-    examples: dict[str, list[str]] = defaultdict(list)
-    counts: Counter[str] = Counter()
+    paths: dict[str, list[str]] = defaultdict(list)
     for index, reason in enumerate(rows["reason"]):
         if reason is not None:
-            counts[reason] += 1
-            # Every 37th and the first: neighbours in the list are alike.
-            if len(examples[reason]) < EXAMPLES_PER_REASON and counts[reason] % 37 in (0, 1):
-                examples[reason].append(f"{rows['repository'][index]}/{rows['path'][index]}")
+            paths[reason].append(f"{rows['repository'][index]}/{rows['path'][index]}")
     return {
-        reason: {"n": counts[reason], "examples": examples[reason]}
+        # Spread over the list, for neighbours in it are alike.
+        reason: {"n": len(found), "examples": found[:: -(-len(found) // EXAMPLES_PER_REASON)]}
         for reason in REASONS
-        if counts[reason]
+        if (found := paths[reason])
     }
 
 
-def _manifest(
-    identity: dict[str, Any],
-    listing: Listing,
+def _contents(
     rows: dict[str, list[Any]],
     split: list[str | None],
     drops: dict[str, dict[str, Any]],
     shards: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The manifest: identity, counts, shards, and a fingerprint over the shards."""
+    """The manifest's part on the result: counts, shards, and a fingerprint over the shards."""
     n_listed = Counter(rows["source"])
     documents: dict[str, Counter[str]] = defaultdict(Counter)
     n_bytes: dict[str, Counter[str]] = defaultdict(Counter)
@@ -360,7 +289,6 @@ def _manifest(
     packages = {rows["repository"][i] for i, name in enumerate(split) if name == "train"}
     fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode())
     return {
-        **identity,
         "n_documents": {name: documents["split"][name] for name in SPLITS},
         "n_bytes": {name: n_bytes["split"][name] for name in SPLITS},
         "held_out_by": "document" if held_out & packages else "package",
@@ -375,14 +303,6 @@ def _manifest(
         "shards": shards,
         "fingerprint": fingerprint.hexdigest(),
     }
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file and wait until the disk has it: the rename that follows must not overtake it."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _progress(console: Console) -> Progress:

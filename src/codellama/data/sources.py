@@ -150,12 +150,15 @@ def _text(path: str) -> str:
 
 
 def _python_files(root: Path) -> Iterator[Path]:
-    """Files named *.py below a folder, without caches and other people's environments."""
-    for folder, folders, names in os.walk(root):
+    """Files named *.py below a folder, without caches and other people's environments.
+
+    A folder that cannot be read is yielded itself, so that it is counted as unreadable.
+    """
+    blocked: list[Path] = []
+    for folder, folders, names in os.walk(root, onerror=lambda e: blocked.append(Path(e.filename))):
         folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS)
-        for name in sorted(names):
-            if name.endswith(".py"):
-                yield Path(folder, name)
+        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
+    yield from blocked
 
 
 def _list_stdlib(source: Source) -> Iterator[SourceFile]:
@@ -171,14 +174,14 @@ def _list_installed(source: Source) -> Iterator[SourceFile]:
         owners: dict[str, tuple[str, str]] = {}
         for distribution in metadata.distributions(path=[str(root)]):
             name = normalised_name(distribution.metadata["Name"] or "")
+            files = distribution.files or []
             texts = [
-                file.read_text(encoding="utf-8")
-                for file in distribution.files or []
-                if ".dist-info" in file.parts[0] and LICENCE_FILE.fullmatch(file.name)
-                if Path(str(file.locate())).is_file()
+                _read_text(Path(str(file.locate())))
+                for file in files
+                if ".dist-info/" in file.as_posix() and LICENCE_FILE.fullmatch(file.name)
             ]
             owner = name, licence_of_metadata(distribution.metadata, texts)  # type: ignore[arg-type]
-            for file in distribution.files or []:
+            for file in files:
                 owners[file.as_posix()] = owner
         for file in _python_files(root):
             path = file.relative_to(root).as_posix()
@@ -197,30 +200,30 @@ def _list_tree(source: Source) -> Iterator[SourceFile]:
     whole = _folder_licence(root) != UNKNOWN or any(
         (root / name).exists() for name in (".git", "pyproject.toml", "setup.py", "setup.cfg")
     )
-    licences: dict[str, str] = {}
+    licences: dict[Path, str] = {}
     for file in _python_files(root):
-        path = file.relative_to(root)
-        own_folder = not whole and len(path.parts) > 1
-        repository = path.parts[0] if own_folder else root.resolve().name
-        if repository not in licences:
-            licences[repository] = _folder_licence(root / repository if own_folder else root)
-        inner = Path(*path.parts[1:]) if own_folder else path
-        yield _plain_file(
-            source.name, _text(repository), inner.as_posix(), licences[repository], file
-        )
+        path = file.relative_to(root).as_posix()
+        folder = root if whole or "/" not in path else root / path.split("/")[0]
+        if folder not in licences:
+            licences[folder] = _folder_licence(folder)
+        repository, inner = _text(folder.resolve().name), file.relative_to(folder).as_posix()
+        yield _plain_file(source.name, repository, inner, licences[folder], file)
 
 
 def _folder_licence(folder: Path) -> str:
     """Licence of a source tree: its PKG-INFO if it has one, else its licence files."""
-    texts = []
-    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if LICENCE_FILE.fullmatch(file.name) and file.is_file():
-            texts.append(file.read_text(encoding="utf-8", errors="replace"))
-    headers = email.message_from_string("")
-    if (folder / "PKG-INFO").is_file():
-        text = (folder / "PKG-INFO").read_text(encoding="utf-8", errors="replace")
-        headers = email.message_from_string(text)
-    return licence_of_metadata(headers, texts)
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    texts = [_read_text(file) for file in files if LICENCE_FILE.fullmatch(file.name)]
+    return licence_of_metadata(email.message_from_string(_read_text(folder / "PKG-INFO")), texts)
+
+
+def _read_text(file: Path) -> str:
+    """A text that says something about a licence; a missing or unreadable one says nothing."""
+    try:
+        with open(_open_regular(os.fsencode(file)), "rb") as handle:
+            return handle.read(1_000_000).decode("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 def _list_wheels(source: Source, cache: Path, listing: Listing) -> Iterator[SourceFile]:
@@ -255,10 +258,9 @@ def _list_wheel(source: str, repository: str, wheel: Path) -> Iterator[SourceFil
         for info in members:
             name = info.filename
             if name.endswith(".py") and not SKIPPED_FOLDERS.intersection(name.split("/")):
-                yield SourceFile(
-                    *(source, repository, _text(name), licence, location, name),
-                    *(info.file_size, info.CRC),
-                )
+                path = _text(name)
+                size, crc = info.file_size, info.CRC
+                yield SourceFile(source, repository, path, licence, location, name, size, crc)
 
 
 _PACKAGE = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==([A-Za-z0-9.!+]+))?")
