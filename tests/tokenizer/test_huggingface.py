@@ -111,6 +111,39 @@ def test_chat_templates_give_the_reference_ids(llama_file, shared_data, tmp_path
         theirs.apply_chat_template(DIALOGS[0] * 2)
 
 
+def test_what_transformers_saved_is_read_without_a_tokenizer_model(pair, samples, tmp_path):
+    ours, theirs = pair
+    theirs.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "tokenizer.model").exists()
+    again = Tokenizer.load(tmp_path / "saved")
+    assert [(p.text, p.kind) for p in again.file.pieces] == [
+        (p.text, p.kind) for p in ours.file.pieces
+    ]
+    assert again.encode_batch(samples) == ours.encode_batch(samples)
+    names = ("add_dummy_prefix", "eot_id", "step_id", "chat_format", "supports_infilling")
+    assert [getattr(again, name) for name in names] == [getattr(ours, name) for name in names]
+
+
+def test_other_kinds_of_tokenizer_are_refused(small_tokenizer, tmp_path):
+    small_tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    path = tmp_path / "tokenizer.json"
+    value = json.loads(path.read_text())
+    for change in ({"model": {"vocab": {}, "merges": []}}, {"added_tokens": 3}, {"model": None}):
+        path.write_text(json.dumps({**value, **change}))
+        with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer of the Llama kind"):
+            Tokenizer.load(tmp_path)
+    path.write_text("[")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not readable as JSON"):
+        Tokenizer.load(tmp_path)
+
+
+def test_the_chat_template_may_have_its_own_file(small_tokenizer, tmp_path):
+    small_tokenizer.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ '[INST] ' }}")
+    assert Tokenizer.load(tmp_path).chat_format == "inst"
+
+
 def test_only_chat_models_have_a_template(small_tokenizer, tmp_path):
     small_tokenizer.save(tmp_path / "base")
     assert "chat_template" not in json.loads(

@@ -6,7 +6,11 @@ as it stands (`PreTrainedTokenizerFast`); Transformers' own Llama class would re
 the first of two leading spaces. Two differences remain, both of that format: the text of a special
 token ("<s>") turns into its id, and U+2581 is taken for a space.
 
+The other way round, a tokenizer.json of the Llama kind is read, because what Transformers 5 saves
+has no tokenizer.model any more.
+
 Files out: tokenizer.model, tokenizer.json, tokenizer_config.json, special_tokens_map.json.
+Files in: tokenizer.json, tokenizer_config.json, chat_template.jinja.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .model_file import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, ModelFile
+from .model_file import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, ModelFile, Piece
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -147,6 +151,75 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     if tokenizer.chat_format is not None:
         config["chat_template"] = TEMPLATES[tokenizer.chat_format]
     return config
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of tokenizer_config.json, with the chat template wherever the folder keeps it.
+
+    Raises:
+        ValueError: not readable.
+    """
+    path = folder / "tokenizer_config.json"
+    config = _read_object(path) if path.exists() else {}
+    template = folder / "chat_template.jinja"
+    if template.exists():
+        try:
+            config["chat_template"] = template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{template}: not readable: {error}") from None
+    return config
+
+
+def read_tokenizer_json(path: Path) -> ModelFile:
+    """The vocabulary in a tokenizer.json that was made from a Llama tokenizer.model.
+
+    Raises:
+        ValueError: not readable, or another kind of tokenizer.
+    """
+    value = _read_object(path)
+    try:
+        file = _parse_tokenizer_json(value)
+        file.check()
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: not a tokenizer of the Llama kind: {error!r}") from None
+    return file
+
+
+def _parse_tokenizer_json(value: dict[str, Any]) -> ModelFile:
+    model, added = value["model"], {token["id"]: token for token in value["added_tokens"]}
+    names = {i: text for text, i in model["vocab"].items()}
+    names |= {i: token["content"] for i, token in added.items()}
+    scores: dict[str, float] = {}
+    for rank, merge in enumerate(model["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        scores.setdefault(left + right, -float(rank))
+    pieces: list[Piece] = []
+    for i in range(len(names)):
+        text = names[i]
+        if i < 3:
+            kind = CONTROL if i else UNKNOWN
+        elif i < 259:
+            kind = BYTE
+        elif i in added:
+            kind = CONTROL if added[i]["special"] else USER_DEFINED
+        else:
+            kind = NORMAL if text in scores or len(text) == 1 else UNUSED
+        pieces.append(Piece(text, scores.get(text, 0.0), kind))
+    normalizer = value["normalizer"] or {}
+    steps = [normalizer, *normalizer.get("normalizers", []), value["pre_tokenizer"] or {}]
+    prepends = [step for step in steps if step.get("type") in ("Prepend", "Metaspace")]
+    dummy = any(step.get("prepend_scheme") != "never" for step in prepends)
+    return ModelFile(tuple(pieces), dummy)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
 
 
 _SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

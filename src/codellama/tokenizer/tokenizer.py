@@ -12,7 +12,6 @@ Files in and out: tokenizer.model, or a folder that holds one.
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -76,7 +75,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, variant: str | None = None) -> Tokenizer:
-        """Load a tokenizer.model file, or the one in a checkpoint folder.
+        """Load a tokenizer.model file, or the one in a checkpoint folder; else its tokenizer.json.
 
         `variant`, such as "7b" or "CodeLlama-70b-Instruct-hf", adds the ids of that model to a
         plain Llama 2 file and sets the chat format; without it the file is taken as it is.
@@ -85,13 +84,19 @@ class Tokenizer:
             ValueError: nothing there, damaged, another kind of tokenizer, an unknown variant, or
                 one that contradicts the file.
         """
+        from .huggingface import read_config, read_tokenizer_json
+
         known = None if variant is None else Variant.named(variant)
         path = Path(path)
         config: dict[str, Any] = {}
         if path.is_dir():
-            config = _read_config(path / "tokenizer_config.json")
-            path = path / "tokenizer.model"
-        file = ModelFile.read(path)
+            config = read_config(path)
+            names = ("tokenizer.model", "tokenizer.json")
+            path = next((path / name for name in names if (path / name).exists()), path / names[0])
+        if path.suffix == ".json":
+            file = read_tokenizer_json(path)
+        else:
+            file = ModelFile.read(path)
         if known is not None:
             try:
                 file = apply_variant(file, known)
@@ -337,15 +342,3 @@ def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
 
 _ONE_EACH = "codellama.replace"
 codecs.register_error(_ONE_EACH, _replace_each_byte)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return config
