@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ def prepare_corpus(recipe: Recipe) -> Path:
             listing = list_sources(recipe.corpus.sources, recipe.work / "sources")
         identity = _identity(recipe.corpus, listing)
         if _is_current(folder, identity):
-            console.print(f"{folder}: up to date, nothing to do")
+            _say(f"{folder}: up to date, nothing to do")
             return folder
         try:
             with new_folder(folder) as partial:
@@ -63,7 +64,7 @@ def prepare_corpus(recipe: Recipe) -> Path:
                 write_manifest(partial, KIND, **identity, **manifest)
         except OSError as error:
             raise OSError(f"{folder}: could not write the corpus: {error}") from error
-    _report(identity | manifest, folder, console)
+    _report(identity | manifest, folder)
     return folder
 
 
@@ -317,13 +318,18 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _report(manifest: dict[str, Any], folder: Path, console: Console) -> None:
+def _report(manifest: dict[str, Any], folder: Path) -> None:
     """What was kept and what was dropped, in a few lines on standard error."""
     for name in SPLITS:
         documents, n_bytes = manifest["n_documents"][name], manifest["n_bytes"][name]
-        console.print(f"{name}: {documents} documents, {n_bytes / 1e6:.1f} MB")
+        _say(f"{name}: {documents} documents, {n_bytes / 1e6:.1f} MB")
     for reason, drop in manifest["dropped"].items():
-        console.print(f"dropped, {reason}: {drop['n']}")
+        _say(f"dropped, {reason}: {drop['n']}")
     if missing := manifest["inputs"]["unavailable"]:
-        console.print(f"not available: {', '.join(missing)}")
-    console.print(f"wrote {folder}")
+        _say(f"not available: {', '.join(missing)}")
+    _say(f"wrote {folder}")
+
+
+def _say(line: str) -> None:
+    """Print one line as it is: rich would wrap it and read brackets in a path as markup."""
+    print(line, file=sys.stderr)

@@ -1,0 +1,299 @@
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trees import make_recipe, program, write_tree, write_wheel
+
+from codellama.data import prepare
+from codellama.data.corpus import CorpusReader
+from codellama.data.prepare import prepare_corpus
+
+FILES: dict[str, str | bytes] = {f"pkg{n % 8}/module_{n}.py": program(f"f{n}") for n in range(40)}
+JUNK: dict[str, str | bytes] = {
+    "pkg0/binary.py": b"\x7fELF\0\0" * 50,
+    "pkg0/latin.py": b"# caf\xe9 " + program("latin").encode(),
+    "pkg1/small.py": "",
+    "pkg1/z_copy.py": program("f1").replace("\n", "\r\n"),
+    "pkg2/_vendor/copied.py": program("vendored"),
+    "pkg2/bad.py": program("bad") + "def f(:\n",
+}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return write_tree(tmp_path / "tree", FILES | JUNK)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def test_from_a_folder_to_a_corpus(tree: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "work", tree, hold_out=["pkg3"], validation_share=0.0)
+    folder = prepare_corpus(recipe)
+    assert folder == recipe.corpus_dir
+    train, validation = CorpusReader(folder, "train"), CorpusReader(folder, "validation")
+    held = {text for path, text in FILES.items() if path.startswith("pkg3/")}
+    assert set(validation) == held
+    assert set(train) == set(FILES.values()) - held
+    assert len(train) + len(validation) == len(FILES)
+    text = validation.text(0)
+    assert validation.row(0) == {
+        "text": text,
+        "source": "tree",
+        "repository": "pkg3",
+        "path": validation.row(0)["path"],
+        "language": "python",
+        "licence": "MIT",
+        "n_bytes": len(text.encode()),
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "split": "validation",
+    }
+    found = manifest(folder)
+    assert found["kind"] == "corpus"
+    assert found["n_documents"] == {"train": 35, "validation": 5}
+    assert found["n_bytes"]["validation"] == sum(len(text.encode()) for text in held)
+    assert {reason: drop["n"] for reason, drop in found["dropped"].items()} == {
+        "vendored": 1,
+        "too small": 1,
+        "not UTF-8": 1,
+        "binary": 1,
+        "does not parse": 1,
+        "duplicate": 1,
+    }
+    assert found["dropped"]["binary"]["examples"] == ["pkg0/binary.py"]
+    assert found["sources"]["tree"] == {
+        "n_files": 46,
+        "n_documents": 40,
+        "n_bytes": sum(found["n_bytes"].values()),
+    }
+    assert found["licences"]["MIT"]["n_documents"] == 40
+    assert found["held_out"] == ["pkg3"]
+    assert found["held_out_by"] == "package"
+    assert sum(shard["rows"] for shard in found["shards"]) == 40
+    assert str(tree) not in str([train.row(index) for index in range(len(train))])
+
+
+def test_training_order_is_mixed_and_depends_on_the_seed(tree: Path, tmp_path: Path) -> None:
+    orders = []
+    for seed in (0, 1):
+        recipe = make_recipe(tmp_path / str(seed), tree, seed=seed, hold_out=["pkg3"])
+        reader = CorpusReader(prepare_corpus(recipe), "train")
+        orders.append([reader.row(index)["path"] for index in range(len(reader))])
+    assert orders[0] != sorted(orders[0])
+    assert orders[0] != [path for path in orders[1] if path in orders[0]]
+
+
+def test_same_inputs_give_the_same_bytes(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = prepare_corpus(make_recipe(tmp_path / "one", tree))
+    for file in tree.rglob("*.py"):
+        os.utime(file, (1, 1))
+    monkeypatch.setattr(prepare, "BATCH_FILES", 7)
+    monkeypatch.setattr(prepare, "IN_PROCESS_FILES", 0)  # in worker processes this time
+    two = prepare_corpus(make_recipe(tmp_path / "two", tree))
+    assert content(one) == content(two)
+
+
+def test_a_second_run_does_nothing(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(tmp_path / "work", tree)
+    folder = prepare_corpus(recipe)
+    before = folder.stat().st_ino, content(folder)
+    assert "up to date" not in capsys.readouterr().err
+    prepare_corpus(recipe)
+    assert "up to date" in capsys.readouterr().err
+    assert (folder.stat().st_ino, content(folder)) == before
+
+
+@pytest.mark.parametrize(
+    "change", ["config", "edited", "added", "removed", "shard lost", "manifest"]
+)
+def test_whatever_changed_leads_to_a_new_corpus(tree: Path, tmp_path: Path, change: str) -> None:
+    fields: dict[str, Any] = {"hold_out": ["pkg3"]}
+    folder = prepare_corpus(make_recipe(tmp_path / "work", tree, **fields))
+    before = content(folder)
+    if change == "config":
+        fields["seed"] = 5
+    elif change == "edited":
+        file = tree / "pkg0" / "module_0.py"
+        file.write_text(file.read_text().replace("first * 3", "first * 4"))  # same size
+    elif change == "added":
+        (tree / "pkg0" / "new.py").write_text(program("new"))
+    elif change == "removed":
+        (tree / "pkg0" / "module_0.py").unlink()
+    elif change == "shard lost":
+        (folder / "train-00000.parquet").unlink()
+    else:
+        (folder / "manifest.json").write_text("{")
+    prepare_corpus(make_recipe(tmp_path / "work", tree, **fields))
+    assert (content(folder) == before) is (change in ("shard lost", "manifest"))
+    CorpusReader(folder, "train")
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["corpus"]
+
+
+def test_empty_corpora_say_what_was_dropped(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "tree", {"a/x.py": "", "a/y.py": b"\0" * 500})
+    with pytest.raises(ValueError, match=r"is empty: of 2 files .*too small: 1, binary: 1"):
+        prepare_corpus(make_recipe(tmp_path / "work", tree))
+    (tmp_path / "void").mkdir()
+    with pytest.raises(ValueError, match="is empty: no Python files"):
+        prepare_corpus(make_recipe(tmp_path / "work", tmp_path / "void"))
+    with pytest.raises(ValueError, match="no such folder"):
+        prepare_corpus(make_recipe(tmp_path / "work", tmp_path / "absent"))
+    held = write_tree(tmp_path / "held", {"a/x.py": program("x"), "a/y.py": program("y")})
+    with pytest.raises(ValueError, match="hold_out names every package"):
+        prepare_corpus(make_recipe(tmp_path / "work", held, hold_out=["a"]))
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_licences_that_are_not_permissive_are_left_out(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "tree", {"free/x.py": program("x"), "free/z.py": program("z")})
+    write_tree(tree, {"copyleft/y.py": program("y")}, licence="GNU GENERAL PUBLIC LICENSE")
+    folder = prepare_corpus(make_recipe(tmp_path / "work", tree))
+    assert manifest(folder)["dropped"] == {"licence": {"n": 1, "examples": ["copyleft/y.py"]}}
+    everything = make_recipe(tmp_path / "work", tree, filters={"permissive_only": False})
+    assert manifest(prepare_corpus(everything))["licences"]["GPL"]["n_documents"] == 1
+
+
+def test_unreadable_files_are_counted(tree: Path, tmp_path: Path) -> None:
+    os.mkfifo(tree / "pkg0" / "fifo.py")
+    (tree / "pkg0" / "dangling.py").symlink_to("absent")
+    folder = prepare_corpus(make_recipe(tmp_path / "work", tree))
+    drop = manifest(folder)["dropped"]["unreadable"]
+    assert drop == {"n": 2, "examples": ["pkg0/dangling.py", "pkg0/fifo.py"]}
+
+
+def test_a_held_out_package_is_trained_on_through_no_other_door(tmp_path: Path) -> None:
+    """Copies of a held-out package elsewhere: vendored, renamed, in a second source, CRLF."""
+    secret = {f"m{n}.py": program(f"secret{n}") for n in range(5)}
+    tree = write_tree(tmp_path / "tree", FILES)
+    write_tree(tree, {f"secret/{name}": text for name, text in secret.items()})
+    write_tree(tree, {f"pkg1/_vendor/secret/{name}": text for name, text in secret.items()})
+    copies = {f"pkg0/copy_{n}": text.replace("\n", "\r\n") for n, text in secret.items()}
+    write_tree(tree, copies)
+    write_wheel(
+        tmp_path / "work" / "sources", "Secret", {f"secret/{n}": t for n, t in secret.items()}
+    )
+    sources = [
+        {"name": "tree", "path": str(tree)},
+        {"name": "pypi", "kind": "pypi", "packages": ["Secret"]},
+    ]
+    recipe = make_recipe(tmp_path / "work", sources, hold_out=["secret"], validation_share=0.0)
+    folder = prepare_corpus(recipe)
+    assert sorted(CorpusReader(folder, "validation")) == sorted(secret.values())
+    assert not any("secret" in text for text in CorpusReader(folder, "train"))
+    assert manifest(folder)["inputs"]["archives"] == ["Secret-1.0-py3-none-any.whl"]
+
+
+def test_packages_that_cannot_be_had_are_in_the_manifest(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    sources = [
+        {"name": "tree", "path": str(tree)},
+        {"name": "pypi", "kind": "pypi", "packages": ["no-such-thing"]},
+    ]
+    folder = prepare_corpus(make_recipe(tmp_path / "work", sources))
+    assert list(manifest(folder)["inputs"]["unavailable"]) == ["pypi/no-such-thing"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
+)
+def test_a_failure_while_writing_leaves_the_previous_corpus(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    folder = prepare_corpus(make_recipe(tmp_path / "work", tree))
+    before = content(folder)
+    n_rows = 0
+
+    def fail(self: Any, row: dict[str, Any]) -> None:
+        nonlocal n_rows
+        n_rows += 1
+        if n_rows > 10:
+            raise error
+
+    monkeypatch.setattr(prepare.ShardWriter, "add", fail)
+    expected = r"corpus: could not write .*No space left" if isinstance(error, OSError) else None
+    with pytest.raises(type(error), match=expected):
+        prepare_corpus(make_recipe(tmp_path / "work", tree, seed=9))
+    assert content(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == ["corpus"]
+
+
+IN_ANOTHER_PROCESS = """
+import json, os, resource, signal, sys
+from codellama.data import corpus, prepare
+from codellama.recipe import Recipe
+
+recipe, fault = Recipe.model_validate_json(sys.argv[1]), sys.argv[2]
+if fault == "full":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+elif fault == "killed":
+    corpus.ShardWriter.close = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+try:
+    prepare.prepare_corpus(recipe)
+except OSError as error:
+    print(f"OSError: {error}")
+"""
+
+
+def run_in_process(recipe: Any, fault: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, recipe.model_dump_json(), fault]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
+    # Text that does not compress, so that the shard passes the limit of 8 kB a file.
+    files: dict[str, str | bytes] = {}
+    for n in range(60):
+        noise = "".join(
+            hashlib.sha512(f"{n}.{i}".encode()).hexdigest()[:50] + " " for i in range(9)
+        )
+        files[f"pkg{n % 4}/m{n}.py"] = program(f"f{n}") + f'"""{noise}"""\n'
+    recipe = make_recipe(tmp_path / "work", write_tree(tmp_path / "tree", files))
+    done = run_in_process(recipe, "full")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"OSError: {recipe.corpus_dir}: could not write the corpus: ")
+    assert "File too large" in line
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_killed_while_writing_then_run_again(tree: Path, tmp_path: Path) -> None:
+    folder = prepare_corpus(make_recipe(tmp_path / "work", tree))
+    before = content(folder)
+    recipe = make_recipe(tmp_path / "work", tree, seed=9)
+    assert run_in_process(recipe, "killed").returncode == -9
+    assert content(folder) == before
+    prepare_corpus(recipe)
+    assert content(folder) == content(prepare_corpus(make_recipe(tmp_path / "fresh", tree, seed=9)))
+    assert [path.name for path in folder.parent.iterdir()] == ["corpus"]
+
+
+def test_two_processes_do_not_write_one_corpus(tree: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "work", tree)
+    recipe.work.mkdir()
+    descriptor = os.open(recipe.work, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another process is preparing"):
+        prepare_corpus(recipe)
+    os.close(descriptor)
+    prepare_corpus(recipe)

@@ -1,0 +1,84 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trees import make_recipe
+
+from codellama.data.split import assign_splits, unit_hash
+
+
+def columns(*files: tuple[str, str | None]) -> dict[str, list[Any]]:
+    """Rows from (repository, key); a key of None is a file dropped by a filter."""
+    return {
+        "repository": [repository for repository, _ in files],
+        "reason": ["too small" if key is None else None for _, key in files],
+        "key": [key for _, key in files],
+        "sha256": [key and f"sha-{key}-{n}" for n, (_, key) in enumerate(files)],
+    }
+
+
+def split(rows: dict[str, list[Any]], **corpus: Any) -> list[str | None]:
+    return assign_splits(make_recipe(Path("work"), Path("tree"), **corpus).corpus, rows)
+
+
+def test_named_packages_are_held_out_whole_whatever_their_spelling() -> None:
+    rows = columns(("a", "1"), ("zope-interface", "2"), ("zope-interface", "3"), ("b", None))
+    found = split(rows, hold_out=["Zope.Interface"], validation_share=0.0)
+    assert found == ["train", "validation", "validation", None]
+
+
+def test_about_the_given_share_of_packages_is_held_out_by_name() -> None:
+    names = [f"package-{n}" for n in range(400)]
+    rows = columns(*((name, f"{name}{part}") for name in names for part in "ab"))
+    found = split(rows, validation_share=0.1)
+    held = {name for name, s in zip(rows["repository"], found, strict=True) if s == "validation"}
+    assert 25 <= len(held) <= 55
+    for index in range(0, len(found), 2):
+        assert found[index] == found[index + 1]  # never half a package
+    other = split(columns(*((name, name) for name in names)), validation_share=0.1, seed=1)
+    assert other != found[::2]
+
+
+def test_the_standard_library_is_not_held_out_by_hash() -> None:
+    rows = columns(("cpython", "1"), ("a", "2"), ("b", "3"))
+    assert split(rows, validation_share=1.0) == ["train", "validation", "validation"]
+
+
+def test_a_text_that_is_held_out_is_never_trained_on() -> None:
+    rows = columns(("a", "same"), ("held", "same"), ("b", "same"), ("b", "other"))
+    found = split(rows, hold_out=["held"], validation_share=0.0)
+    assert found == [None, "validation", None, "train"]
+    assert rows["reason"] == ["duplicate", None, "duplicate", None]
+
+
+def test_of_duplicates_in_training_the_first_stays() -> None:
+    rows = columns(("a", None), ("b", "same"), ("a", "same"), ("held", "x"))
+    found = split(rows, hold_out=["held"], validation_share=0.0)
+    assert found == [None, "train", None, "validation"]
+    assert rows["reason"] == ["too small", None, "duplicate", None]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("n_files", [2, 3, 50])
+def test_one_package_is_split_by_file_and_neither_side_is_empty(share: float, n_files: int) -> None:
+    rows = columns(*(("only", str(n)) for n in range(n_files)))
+    found = split(rows, validation_share=share)
+    n_held = found.count("validation")
+    assert n_held == min(max(1, round(share * n_files)), n_files - 1)
+    assert n_held + found.count("train") == n_files
+
+
+def test_a_single_document_is_trained_on() -> None:
+    assert split(columns(("only", "1"), ("only", None)), validation_share=1.0) == ["train", None]
+
+
+def test_nothing_kept_and_everything_held_out() -> None:
+    assert split(columns(("a", None))) == [None]
+    assert split(columns(("a", "1"), ("a", "2")), hold_out=["a"]) == ["validation"] * 2
+
+
+def test_unit_hash_is_uniform_and_depends_on_the_seed() -> None:
+    values = [unit_hash(0, str(n)) for n in range(2000)]
+    assert all(0 <= value < 1 for value in values)
+    assert abs(sum(values) / len(values) - 0.5) < 0.03
+    assert unit_hash(0, "x") != unit_hash(1, "x")
