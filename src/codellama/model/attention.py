@@ -3,12 +3,12 @@
 The model computes rotated queries, keys and values and calls `attend(layer, q, k, v)`. This file
 holds the functions that training passes; the engine passes one that reads and writes its cache.
 
-    q: [..., T, H, Dh]   k, v: [..., T, Hkv, Dh]   ->   [..., T, H, Dh]
+    q: [B, T, H, Dh]   k, v: [B, T, Hkv, Dh]   ->   [B, T, H, Dh]
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,17 +32,15 @@ def within_documents(document_ids: Tensor) -> Attend:
     """Causal attention that never crosses from one packed document into another.
 
     Args:
-        document_ids: [B, T] int64; positions of one document share an id.
+        document_ids: [B, T] int64; positions of one document stand together and share an id.
     """
+    if document_ids.device.type == "cpu":
+        return lambda layer, q, k, v: _per_document(q, k, v, document_ids)[0]
     n_positions = document_ids.shape[1]
     same = document_ids[:, :, None] == document_ids[:, None, :]
     ordered = torch.ones(n_positions, n_positions, dtype=torch.bool, device=same.device).tril()
     mask = (same & ordered)[:, None]  # [B, 1, T, T]
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _attend(q, k, v, mask)
-
-    return attend
+    return lambda layer, q, k, v: _attend(q, k, v, mask)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -52,3 +50,93 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[-3] != k.shape[-3]
     )
     return out.transpose(-3, -2)
+
+
+# On the CPU every document is attended to on its own: half the work of a mask at documents of 400
+# tokens in contexts of 1,024, and the causal kernel beside it (46 against 80 ms a layer, forward and
+# backward, B = 8). Wrapped as an operator so that torch.compile does not trace the loop.
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _spans(document_ids: Tensor) -> list[tuple[int, int]]:
+    """[begin, end) of every document in the flattened batch."""
+    is_start = torch.ones_like(document_ids, dtype=torch.bool)
+    is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    starts = is_start.flatten().nonzero()[:, 0].tolist()
+    return list(zip(starts, [*starts[1:], document_ids.numel()], strict=True))
+
+
+def _heads_first(x: Tensor, span: tuple[int, int]) -> Tensor:
+    """[B * T, heads, Dh] -> one document [1, heads, T', Dh], without a copy."""
+    return x[span[0] : span[1]].transpose(0, 1)[None]
+
+
+@torch.library.custom_op("codellama::per_document_attention", mutates_args=())
+def _per_document(
+    q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
+    out = torch.empty_like(flat_q)
+    log_sums = torch.empty(flat_q.shape[1], len(flat_q), dtype=torch.float32)
+    for span in _spans(document_ids):
+        part, log_sum = _flash(*(_heads_first(x, span) for x in (flat_q, flat_k, flat_v)), 0.0, True)
+        out[span[0] : span[1]] = part[0].transpose(0, 1)
+        log_sums[:, span[0] : span[1]] = log_sum[0]
+    return out.view_as(q), log_sums
+
+
+@torch.library.custom_op("codellama::per_document_attention_backward", mutates_args=())
+def _per_document_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    document_ids: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    flat = [x.flatten(0, 1) for x in (gradient, q, k, v, out)]
+    results = [torch.empty_like(x) for x in flat[1:4]]
+    for span in _spans(document_ids):
+        parts = _flash_backward(
+            *(_heads_first(x, span) for x in flat), log_sums[None, :, span[0] : span[1]], 0.0, True
+        )
+        for result, part in zip(results, parts, strict=True):
+            result[span[0] : span[1]] = part[0].transpose(0, 1)
+    return results[0].view_as(q), results[1].view_as(k), results[2].view_as(v)
+
+
+@_per_document.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
+    n_tokens = q.shape[0] * q.shape[1]
+    return torch.empty_like(q), q.new_empty(q.shape[2], n_tokens, dtype=torch.float32)
+
+
+@_per_document_backward.register_fake
+def _(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    document_ids: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, document_ids, out, log_sums = ctx.saved_tensors
+    gradients = _per_document_backward(
+        gradient.contiguous(), q, k, v, out, log_sums, document_ids
+    )
+    return *gradients, None
+
+
+_per_document.register_autograd(_differentiate, setup_context=_keep_for_backward)

@@ -56,7 +56,8 @@ def rotate(x: Tensor, cos_sin: Rotation) -> Tensor:
     """Rotate component i with component i + Dh/2. x: [..., T, heads, Dh]."""
     cos, sin = cos_sin
     low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
+    # Under autocast the angles are float32 and x is not; attention wants q, k and v of one type.
+    return (x * cos + torch.cat((-high, low), dim=-1) * sin).type_as(x)
 
 
 class Attention(nn.Module):

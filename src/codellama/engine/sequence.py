@@ -1,0 +1,129 @@
+"""One prompt on its way through the engine: its tokens, its text so far, and why it ended.
+
+Plain Python over integers and text; no tensors. Stop strings are found across token borders: text
+that could still become one is held back, so a caller that streams never sees a part of it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+
+from codellama.engine.sampling import SamplingParams
+from codellama.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished generation."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Generated ids, without the one that ended the text."""
+    logprobs: tuple[float, ...] | None
+    """Natural logarithm of each token's probability under the model, before temperature; only
+    when asked for."""
+    finish_reason: str
+    """`stop` (a stop id or string), `length` (max_tokens or the context is full), `cancelled`."""
+    prompt_tokens: int = 0
+
+
+class Sequence:
+    """One running generation. `accept` takes the next token; `finish_reason` says when it is over."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Ids[int],
+        params: SamplingParams,
+        stop_ids: Ids[int],
+        max_context: int,
+        seed: int,
+    ) -> None:
+        if not prompt:
+            raise ValueError("the prompt is empty: there is nothing to continue")
+        if len(prompt) > max_context:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, the model's context {max_context}"
+            )
+        self.prompt = list(prompt)
+        self.params = params
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish_reason: str | None = "length" if params.max_tokens == 0 else None
+        self.text = ""
+        """Everything that is certain to be in the result."""
+        self._pending = ""
+        """Decoded text that may turn out to begin a stop string."""
+        self._random = random.Random(seed)
+        self._stop_ids = frozenset(stop_ids)
+        self._max_context = max_context
+        self._decoder = StreamDecoder(tokenizer, tokenizer.starts_text(self.prompt))
+
+    @property
+    def n_tokens(self) -> int:
+        """Prompt and generated tokens."""
+        return len(self.prompt) + len(self.token_ids)
+
+    def draw(self) -> float:
+        """The next uniform number in [0, 1) of this sequence alone."""
+        return self._random.random()
+
+    def accept(self, token: int, logprob: float) -> str:
+        """Add a generated token and return the text that became certain with it."""
+        if token in self._stop_ids:
+            return self._finish("stop")
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        self._pending += self._decoder.push(token)
+        if (end := self._find_stop()) is not None:
+            self._pending = self._pending[:end]
+            return self._finish("stop", is_stop_string=True)
+        if len(self.token_ids) >= self.params.max_tokens or self.n_tokens >= self._max_context:
+            return self._finish("length")
+        return self._release(len(self._pending) - self._held_back())
+
+    def cancel(self) -> None:
+        """End now, with the text so far."""
+        if self.finish_reason is None:
+            self._finish("cancelled")
+
+    def completion(self) -> Completion:
+        """The result, once it is finished."""
+        assert self.finish_reason is not None
+        return Completion(
+            self.text,
+            tuple(self.token_ids),
+            tuple(self.logprobs) if self.params.logprobs else None,
+            self.finish_reason,
+            len(self.prompt),
+        )
+
+    def _finish(self, reason: str, is_stop_string: bool = False) -> str:
+        self.finish_reason = reason
+        if not is_stop_string:
+            self._pending += self._decoder.flush()
+            if (end := self._find_stop()) is not None:
+                self._pending, self.finish_reason = self._pending[:end], "stop"
+        return self._release(len(self._pending))
+
+    def _release(self, n_chars: int) -> str:
+        released, self._pending = self._pending[:n_chars], self._pending[n_chars:]
+        self.text += released
+        return released
+
+    def _find_stop(self) -> int | None:
+        """Where the first stop string begins in the pending text."""
+        found = [at for text in self.params.stop if (at := self._pending.find(text)) >= 0]
+        return min(found, default=None)
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the pending text that begins a stop string."""
+        longest = 0
+        for stop in self.params.stop:
+            for length in range(min(len(stop) - 1, len(self._pending)), longest, -1):
+                if self._pending.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest

@@ -1,0 +1,208 @@
+"""The engine against the slow reference and against Transformers, on random float32 weights."""
+
+import threading
+
+import pytest
+import torch
+from codellama.engine import Engine, SamplingParams
+from codellama.engine.reference import generate_greedy
+from codellama.model.config import ModelConfig
+from codellama.model.transformer import Transformer
+
+PROMPTS = [
+    "def add(a, b):\n    return",
+    "import os",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, x):\n",
+    "x",
+    "for i in range(10):\n    print(i",
+]
+
+
+@pytest.fixture(scope="module")
+def model(small_tokenizer):
+    config = ModelConfig(64, 3, 4, 2, 128, small_tokenizer.vocab_size, max_position_embeddings=96)
+    # A wide initialisation: confident, varied predictions, far from ties.
+    model = Transformer(config.replace(initializer_range=0.4))
+    model.initialise(torch.Generator().manual_seed(5))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def engine(model, small_tokenizer):
+    return Engine.of(model, small_tokenizer, max_batch=3)
+
+
+def greedy(model, tokenizer, prompt, n, stops=()):
+    ids = tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
+    return generate_greedy(model, ids, n, {tokenizer.eos_id, *stops})
+
+
+def test_batched_greedy_equals_reference(engine, model, small_tokenizer):
+    """Five prompts of different lengths through a batch of three: they join and leave."""
+    results = engine.complete(PROMPTS, SamplingParams(max_tokens=30, logprobs=True))
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        ids, logprobs = greedy(model, small_tokenizer, prompt, 30)
+        assert list(result.token_ids) == ids
+        assert result.logprobs == pytest.approx(logprobs, abs=1e-4)
+    assert engine._runner.sequences == []
+    assert list(engine._runner.cache.lengths) == []
+
+
+def test_greedy_equals_transformers_generate(engine, model, small_tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from codellama.model.checkpoint import save_checkpoint
+
+    save_checkpoint(tmp_path / "m", model.config, model.state_dict(), dtype="float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    for prompt in PROMPTS:
+        ids = small_tokenizer.encode(prompt, bos=True)
+        out = theirs.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            max_new_tokens=25,
+            do_sample=False,
+            pad_token_id=0,
+        )[0, len(ids) :].tolist()
+        ours = engine.complete([ids], SamplingParams(max_tokens=25))[0]
+        if out[-1] == small_tokenizer.eos_id:
+            out.pop()
+        assert list(ours.token_ids) == out
+
+
+def test_stream_equals_complete(engine):
+    params = SamplingParams(max_tokens=40)
+    for prompt in PROMPTS:
+        assert "".join(engine.stream(prompt, params)) == engine.complete([prompt], params)[0].text
+
+
+def test_seeded_sampling_does_not_depend_on_the_batch(engine):
+    params = [SamplingParams(20, temperature=1.0, top_p=0.9, top_k=50, seed=s) for s in range(5)]
+    together = engine.complete(PROMPTS, params)
+    alone = [engine.complete([p], s)[0] for p, s in zip(PROMPTS, params, strict=True)]
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+    again = engine.complete([PROMPTS[0]] * 2, [params[0], params[1]])
+    assert again[0].token_ids == together[0].token_ids != again[1].token_ids
+
+
+def test_n_results_of_one_prompt_differ_and_repeat(engine):
+    params = SamplingParams(15, temperature=1.0, seed=7, n=4)
+    first = engine.complete([PROMPTS[0]], params)
+    assert len({r.token_ids for r in first}) == 4
+    assert [r.token_ids for r in engine.complete([PROMPTS[0]], params)] == [
+        r.token_ids for r in first
+    ]
+
+
+def test_stop_id_is_not_in_the_result(engine, model, small_tokenizer):
+    ids = small_tokenizer.encode(PROMPTS[0], bos=True)
+    free = engine.complete([ids], SamplingParams(max_tokens=30))[0].token_ids
+    stop = free[10]
+    sequences = engine._generate([ids], SamplingParams(max_tokens=30), (stop,), None)
+    assert sequences[0].token_ids == free[: free.index(stop)]
+    assert sequences[0].finish_reason == "stop"
+
+
+def test_stop_string_across_tokens_ends_text_and_is_never_streamed(engine):
+    free = engine.complete([PROMPTS[0]], SamplingParams(max_tokens=40))[0].text
+    stop = free[12:17]
+    params = SamplingParams(max_tokens=40, stop=(stop, "never there"))
+    result = engine.complete([PROMPTS[0]], params)[0]
+    assert result.text == free[: free.index(stop)]
+    assert result.finish_reason == "stop"
+    assert "".join(engine.stream(PROMPTS[0], params)) == result.text
+
+
+def test_length_and_zero_tokens(engine):
+    result = engine.complete([PROMPTS[0]], SamplingParams(max_tokens=3))[0]
+    assert (len(result.token_ids), result.finish_reason) == (3, "length")
+    empty = engine.complete([PROMPTS[0]], SamplingParams(max_tokens=0))[0]
+    assert (empty.text, empty.token_ids, empty.finish_reason) == ("", (), "length")
+
+
+def test_context_fills_up_and_ends(engine, small_tokenizer):
+    ids = [1, *[300] * 90]
+    result = engine.complete([ids], SamplingParams(max_tokens=50))[0]
+    assert len(ids) + len(result.token_ids) <= 96
+    with pytest.raises(ValueError, match=r"97 tokens.*context 96"):
+        engine.complete([[1, *[300] * 96]])
+
+
+def test_closing_a_stream_frees_its_row(engine):
+    stream = engine.stream(PROMPTS[0], SamplingParams(max_tokens=60))
+    next(stream)
+    stream.close()
+    assert engine._runner.sequences == []
+    assert list(engine._runner.cache.lengths) == []
+
+
+def test_threads_share_the_batch_and_get_their_own_text(engine):
+    params = SamplingParams(max_tokens=25)
+    alone = [engine.complete([p], params)[0].text for p in PROMPTS]
+    found: dict[int, str] = {}
+
+    def work(i):
+        found[i] = engine.complete([PROMPTS[i]], params)[0].text
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(PROMPTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(len(PROMPTS))] == alone
+
+
+def test_cancel_returns_what_there_is(engine):
+    n_pieces = 0
+
+    def stop_soon(number, text):
+        nonlocal n_pieces
+        n_pieces += 1
+        if n_pieces == 3:
+            engine.cancel()
+
+    result = engine.complete([PROMPTS[0]], SamplingParams(max_tokens=60), on_text=stop_soon)[0]
+    assert result.finish_reason == "cancelled"
+    assert 0 < len(result.token_ids) < 60
+
+
+def test_scores_are_the_log_probabilities_of_generation(engine, small_tokenizer):
+    ids = small_tokenizer.encode(PROMPTS[2], bos=True)
+    result = engine.complete([ids], SamplingParams(max_tokens=12, logprobs=True))[0]
+    scores = engine.score([[*ids, *result.token_ids]])[0]
+    assert scores[len(ids) - 1 :] == pytest.approx(list(result.logprobs), abs=1e-4)
+
+
+def test_infill_stops_at_eot(engine, small_tokenizer):
+    params = SamplingParams(max_tokens=30)
+    result = engine.infill([("def f(x):\n    ", "\n    return y\n")], params)[0]
+    prompt = small_tokenizer.encode_infilling("def f(x):\n    ", "\n    return y\n")
+    stops = (small_tokenizer.eot_id,)
+    ids, _ = greedy(engine._runner.model, small_tokenizer, prompt, 30, stops)
+    assert list(result.token_ids) == ids
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"n": 0}, "n = 0"),
+        ({"max_tokens": -5}, "max_tokens"),
+        ({"max_tokens": 2**40}, "max_tokens"),
+        ({"seed": "a"}, "seed"),
+        ({"stop": ("",)}, "stop"),
+    ],
+)
+def test_bad_parameters_are_named(changes, named):
+    with pytest.raises(ValueError, match=named):
+        SamplingParams(**changes)
+
+
+def test_damaged_weights_are_reported(model, small_tokenizer):
+    broken = Transformer(model.config)
+    broken.load_state_dict(model.state_dict())
+    broken.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="not a number"):
+        Engine.of(broken.requires_grad_(False), small_tokenizer).complete(["x"])
