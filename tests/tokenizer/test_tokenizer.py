@@ -12,7 +12,7 @@ from codellama.tokenizer.model_file import CONTROL, NORMAL, UNUSED, ModelFile, P
 from codellama.tokenizer.variants import FILLERS, HELPERS, INFILLING_PIECES, STEP
 
 AS_THEY_COME = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 SPECIALS = (*INFILLING_PIECES, *HELPERS, *FILLERS, STEP, "<s>", "</s>", "<unk>", "<0x0A>", "<pad>")
 FRAGMENTS = [
