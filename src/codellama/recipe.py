@@ -171,6 +171,24 @@ class Recipe(Section):
             raise ValueError(f"no stage {name!r} in recipe {self.name!r}; it has {_list(self.stages)}")
         return self.stages[name]
 
+    def stage_order(self) -> list[str]:
+        """All stages, each behind the one that it starts from.
+
+        Raises:
+            ValueError: stages start from each other in a circle.
+        """
+        order: list[str] = []
+        while len(order) < len(self.stages):
+            ready = [
+                name
+                for name, stage in self.stages.items()
+                if name not in order and (stage.init not in self.stages or stage.init in order)
+            ]
+            if not ready:
+                raise ValueError(f"recipe {self.name!r}: stages start from each other in a circle")
+            order += ready
+        return order
+
     def to_json(self) -> str:
         """The resolved recipe, as written into run folders."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"

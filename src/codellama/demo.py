@@ -1,0 +1,42 @@
+"""What `make demo` shows: a function completed, a gap filled, the speed, and what to try next."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.text import Text
+
+from codellama.engine import Engine, SamplingParams
+
+COMPLETION = "class Person:\n    def __init__(self, name, age):\n"
+GAP = (
+    'def is_palindrome(text):\n    """Return True if text reads the same backwards."""\n',
+    "\n\n\ndef main():\n    print(is_palindrome('level'))\n",
+)
+NEXT = """Try next:
+  .venv/bin/codellama complete 'def fibonacci(n):'
+  .venv/bin/codellama infill 'def add(a, b):<FILL_ME>print(add(1, 2))'
+  .venv/bin/codellama complete 'import os' --temperature 0.8 --n 3 --seed 1 --json
+  .venv/bin/codellama run recipes/tiny.toml       # train this model yourself
+  make test"""
+
+
+def show(engine: Engine) -> None:
+    """Print the demonstration on standard output."""
+    console = Console(file=sys.stdout, highlight=False)
+    params = SamplingParams(max_tokens=48, stop=("\n\n",))
+    engine.complete([COMPLETION], SamplingParams(max_tokens=4))  # warm up before timing
+    begin = time.perf_counter()
+    completed = engine.complete([COMPLETION], params)[0]
+    filled = engine.infill([GAP], SamplingParams(max_tokens=48))[0]
+    duration_s = time.perf_counter() - begin
+    console.print("\n[bold]A function completed[/bold] (new text in green)\n")
+    console.print(Text(COMPLETION, "dim") + Text(completed.text, "bold green"))
+    console.print("\n[bold]A gap filled[/bold] between a prefix and a suffix\n")
+    prefix, suffix = GAP
+    console.print(Text(prefix, "dim") + Text(filled.text, "bold green") + Text(suffix, "dim"))
+    n_tokens = len(completed.token_ids) + len(filled.token_ids)
+    console.print(f"{n_tokens / duration_s:,.0f} tokens per second, one at a time\n")
+    console.print(NEXT, markup=False)
