@@ -5,14 +5,18 @@ Folder:
     model.safetensors, or model-0000i-of-0000n.safetensors and model.safetensors.index.json
     tokenizer.model, tokenizer.json, tokenizer_config.json, special_tokens_map.json
 
+Read, never written: the older pytorch_model.bin, whole or in parts with an index.
+
 Loading maps the files into memory and is strict: a missing, extra or misshaped tensor is an error
-that names it. Nothing here unpickles. Other layouts are read by convert.py.
+that names it. Other layouts are read by meta.py and gguf.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +27,27 @@ from torch import Tensor
 
 from codellama.artifact import new_folder
 from codellama.model.config import ModelConfig
+from codellama.model.source import (
+    DTYPES,
+    Stored,
+    Weights,
+    build_model,
+    check_names,
+    inside,
+    read_json,
+    short,
+    tensor_shapes,
+)
+from codellama.model.torch_files import read_torch_file
 from codellama.model.transformer import Transformer
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint by its Hugging Face name, with its shape."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+BIN_FILE = "pytorch_model.bin"
+BIN_INDEX_FILE = "pytorch_model.bin.index.json"
+# A table that old versions of Transformers saved; it follows from the configuration.
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def save_checkpoint(
@@ -56,28 +69,42 @@ def save_checkpoint(
         OSError: the folder cannot be written; what stood there before is untouched.
     """
     folder = Path(folder)
-    _check_names(str(folder), tensor_shapes(config), {n: tuple(t.shape) for n, t in tensors.items()})
+    wanted = tensor_shapes(config)
+    check_names(str(folder), wanted, set(tensors))
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != wanted[name]:
+            raise ValueError(
+                f"{folder}: tensor {name!r} has shape {tuple(tensor.shape)}, "
+                f"but the configuration asks for {wanted[name]}"
+            )
     item_bytes = torch.empty(0, dtype=DTYPES[dtype]).element_size()
     sizes = {name: tensor.numel() * item_bytes for name, tensor in tensors.items()}
-    shards = _plan_shards(sizes, max_shard_bytes)
+    shards = plan_shards(sizes, max_shard_bytes)
     with new_folder(folder) as temporary:
         for filename, names in shards.items():
-            contents = {name: tensors[name].detach().to(DTYPES[dtype]).contiguous() for name in names}
+            contents = {n: tensors[n].detach().to(DTYPES[dtype]).contiguous() for n in names}
             try:
                 save_file(contents, temporary / filename, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise OSError(f"{folder / filename}: cannot be written: {error}") from None
-        if len(shards) > 1:
-            weight_map = {name: filename for filename, names in shards.items() for name in names}
-            index = {
-                "metadata": {"total_size": sum(sizes.values())},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-            _write_json(temporary / INDEX_FILE, index)
-        _write_json(temporary / "config.json", config.to_hf() | {"torch_dtype": dtype})
-        _write_json(temporary / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+        write_json_files(temporary, config, dtype, shards, sum(sizes.values()))
         if write_more:
             write_more(temporary)
+
+
+def write_json_files(
+    folder: Path, config: ModelConfig, dtype: str, shards: dict[str, list[str]], total_bytes: int
+) -> None:
+    """Write the index (of several files), config.json and generation_config.json."""
+    if len(shards) > 1:
+        weight_map = {name: filename for filename, names in shards.items() for name in names}
+        index = {
+            "metadata": {"total_size": total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        _write_json(folder / INDEX_FILE, index)
+    _write_json(folder / "config.json", config.to_hf() | {"torch_dtype": dtype})
+    _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -86,16 +113,15 @@ def load_config(folder: str | Path) -> ModelConfig:
     Raises:
         ValueError: no such folder, no readable config.json, or not a Llama.
     """
-    path = Path(folder) / "config.json"
+    folder = Path(folder)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
+        values = read_json(inside(folder, "config.json"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: not a checkpoint folder: it has no config.json") from None
+    try:
         return ModelConfig.from_hf(values)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path.parent}: not a checkpoint folder: it has no config.json") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
 
 
 def load_checkpoint(
@@ -106,88 +132,118 @@ def load_checkpoint(
     Weights that already have the wanted type stay mapped to the files until they are touched.
 
     Args:
-        dtype: "bfloat16", "float16" or "float32"; None keeps what the files hold.
+        dtype: "bfloat16", "float16", "float32" or "int8"; None keeps what the files hold.
 
     Raises:
         ValueError: the folder is not a checkpoint, a file is damaged, or a tensor is missing, extra
             or misshaped; the message names it.
     """
+    return build_model(open_checkpoint(folder), device, dtype)
+
+
+def open_checkpoint(folder: str | Path) -> Weights:
+    """Open a checkpoint folder, reading only the directories of its files.
+
+    Raises:
+        ValueError: the folder is not a checkpoint, or a file is missing or damaged.
+    """
     folder = Path(folder)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     config = load_config(folder)
-    with torch.device("meta"):
-        model = Transformer(config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors: dict[str, Tensor] = {}
-    for filename, name, tensor in _read_tensors(folder):
-        if name in wanted and tuple(tensor.shape) != wanted[name]:
-            raise ValueError(
-                f"{folder / filename}: tensor {name!r} has shape {tuple(tensor.shape)}, "
-                f"but config.json asks for {wanted[name]}"
-            )
-        target = tensor.dtype if dtype is None else DTYPES[dtype]
-        tensors[name] = tensor.to(device=device, dtype=target)
-    _check_names(str(folder), wanted, {name: tuple(t.shape) for name, t in tensors.items()})
-    model.load_state_dict(tensors, assign=True)
-    return model.eval().requires_grad_(False)
-
-
-def _read_tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield (file, name, tensor) of every safetensors file of a checkpoint."""
+    tensors: dict[str, Stored] = {}
+    mapped: dict[str, Tensor] = {}  # of .bin files
     for filename, expected in _weight_files(folder).items():
-        path = folder / filename
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = set(file.keys())
-                if expected is not None and names != expected:
-                    odd = sorted(names ^ expected)[0]
-                    raise ValueError(f"{path}: tensor {odd!r} disagrees with {INDEX_FILE}")
-                for name in sorted(names):
-                    yield filename, name, file.get_tensor(name)
-        except FileNotFoundError:
-            raise ValueError(f"{path}: missing, though {INDEX_FILE} names it") from None
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: damaged or not a safetensors file: {error}") from None
+        path = inside(folder, filename)
+        if filename.endswith(".bin"):
+            contents = read_torch_file(path)
+            mapped |= contents
+            found = {name: _describe(path, name, tensor) for name, tensor in contents.items()}
+        else:
+            found = _read_directory(path)
+        if expected is not None and found.keys() != expected:
+            odd = sorted(found.keys() ^ expected)[0]
+            raise ValueError(f"{path}: tensor {odd!r} disagrees with the index")
+        twice = found.keys() & tensors.keys()
+        if twice:
+            raise ValueError(f"{path}: tensor {sorted(twice)[0]!r} is in two files")
+        tensors |= found
+
+    def read(name: str, dtype: torch.dtype | None) -> Tensor:
+        tensor = mapped[name] if name in mapped else _read_tensor(Path(tensors[name].where), name)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    kept = {name: stored for name, stored in tensors.items() if not _DERIVED.fullmatch(name)}
+    return Weights("hf", folder, config, kept, read, {})
+
+
+def _describe(path: Path, name: str, tensor: Tensor) -> Stored:
+    if tensor.dtype not in DTYPES.values():
+        raise ValueError(f"{path}: tensor {name!r} has type {short(tensor.dtype)}")
+    shape = tuple(tensor.shape)
+    return Stored(shape, tensor.dtype, short(tensor.dtype), tensor.nbytes, str(path))
+
+
+def _read_directory(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, whose library checks all sizes and offsets."""
+    tensors: dict[str, Stored] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                tensor = file.get_slice(name)
+                dtype = _SAFETENSORS_DTYPES.get(tensor.get_dtype())
+                if dtype is None:
+                    raise ValueError(f"{path}: tensor {name!r} has type {tensor.get_dtype()}")
+                shape = tuple(tensor.get_shape())
+                n_bytes = math.prod(shape) * dtype.itemsize
+                tensors[name] = Stored(shape, dtype, short(dtype), n_bytes, str(path))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged or not a safetensors file: {error}") from None
+    return tensors
+
+
+def _read_tensor(path: Path, name: str) -> Tensor:
+    # Opened for every tensor: the mapping then ends with the tensors that use it.
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: tensor {name!r} cannot be read: {error}") from None
 
 
 def _weight_files(folder: Path) -> dict[str, set[str] | None]:
     """The weight files of a checkpoint; from an index, also the names that each must hold."""
-    index = folder / INDEX_FILE
-    if (folder / SINGLE_FILE).is_file():
-        return {SINGLE_FILE: None}
-    if not index.is_file():
-        raise ValueError(f"{folder}: no weights: expected {SINGLE_FILE} or {INDEX_FILE}")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[str, set[str] | None] = {}
-        for name, filename in weight_map.items():
-            # A name with a folder in it could lead outside of the checkpoint.
-            if not isinstance(filename, str) or Path(filename).name != filename:
-                raise ValueError(f"file name {filename!r} of tensor {name!r} is not a plain name")
-            names = files.setdefault(filename, set())
-            assert names is not None
-            names.add(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: not a weight index: {error}") from None
+    for single, index in ((SINGLE_FILE, INDEX_FILE), (BIN_FILE, BIN_INDEX_FILE)):
+        if (folder / single).is_file():
+            return {single: None}
+        if (folder / index).is_file():
+            break
+    else:
+        raise ValueError(
+            f"{folder}: no weights: expected {SINGLE_FILE} or {INDEX_FILE} (or {BIN_FILE})"
+        )
+    weight_map = read_json(inside(folder, index)).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{folder / index}: 'weight_map' is missing or not an object")
+    files: dict[str, set[str] | None] = {}
+    for name, filename in weight_map.items():
+        # A name with a folder in it could lead outside of the checkpoint.
+        if (
+            not isinstance(filename, str)
+            or not filename.endswith(Path(single).suffix)
+            or Path(filename).name != filename
+        ):
+            raise ValueError(
+                f"{folder / index}: file {str(filename)[:200]!r} of tensor {name!r} is not the "
+                f"plain name of a {Path(single).suffix} file"
+            )
+        names = files.setdefault(filename, set())
+        assert names is not None
+        names.add(name)
     return files
 
 
-def _check_names(
-    where: str, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
-) -> None:
-    """Compare tensor names and shapes, and name what differs."""
-    for problem, names in (
-        ("missing", [n for n in wanted if n not in found]),
-        ("not part of this model", [n for n in found if n not in wanted]),
-        ("of another shape", [n for n in wanted if n in found and found[n] != wanted[n]]),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"{where}: tensor {names[0]!r}{more} {problem}")
-
-
-def _plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
+def plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
     """Fill files in the order of the names, each up to the limit."""
     groups: list[list[str]] = [[]]
     filled = 0
