@@ -23,6 +23,7 @@ from codellama.data.licences import (
         ("MIT AND (GPL-2.0-only OR BSD-3-Clause)", True),
         ("(MIT) AND (GPL-2.0-only OR LGPL-2.1)", False),
         ("(MIT AND GPL-2.0-only)", False),
+        ("GPL-2.0-only AND MIT OR Apache-2.0", True),  # AND binds more tightly
         ("Apache-2.0 WITH LLVM-exception", True),
         ("BSD-3-Clause AND GPL-3.0-or-later WITH GCC-exception-3.1", True),
         ("GPL-3.0-or-later WITH Autoconf-exception-3.0", False),

@@ -172,11 +172,18 @@ def test_one_package_that_fails_does_not_cost_the_others(
     local_index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     canary = tmp_path / "canary"
-    setup = f"open({str(canary)!r}, 'w')\nfrom setuptools import setup\nsetup(name='evil')\n"
+    # A build backend inside the archive: pip needs nothing else to run it.
+    members = {
+        "pyproject.toml": "[build-system]\nrequires = []\n"
+        'build-backend = "evil"\nbackend-path = ["."]\n',
+        "evil.py": f"open({str(canary)!r}, 'w')\n",
+        "PKG-INFO": "Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n",
+    }
     with tarfile.open(local_index / "evil-1.0.tar.gz", "w:gz") as archive:
-        info = tarfile.TarInfo("evil-1.0/setup.py")
-        info.size = len(setup)
-        archive.addfile(info, io.BytesIO(setup.encode()))
+        for name, text in members.items():
+            info = tarfile.TarInfo(f"evil-1.0/{name}")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
     cache = tmp_path / "cache"
     good = write_wheel(cache, "good", {"good.py": program("good")})
     broken = cache / "broken-1.0-py3-none-any.whl"

@@ -40,8 +40,8 @@ def test_about_the_given_share_of_packages_is_held_out_by_name() -> None:
 
 
 def test_the_standard_library_is_not_held_out_by_hash() -> None:
-    rows = columns(("cpython", "1"), ("a", "2"), ("b", "3"))
-    assert split(rows, validation_share=1.0) == ["train", "validation", "validation"]
+    rows = columns(*(("cpython", str(n)) for n in range(6)), ("a", "x"), ("b", "y"))
+    assert split(rows, validation_share=1.0) == ["train"] * 6 + ["validation"] * 2
 
 
 def test_a_text_that_is_held_out_is_never_trained_on() -> None:
