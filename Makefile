@@ -13,7 +13,7 @@ test: .venv/ready-dev  ## all tests that need neither network nor GPU
 check: .venv/ready-dev  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/basedpyright
 
 fix: .venv/ready-dev  ## apply what the formatter and the linter can mend
 	$(BIN)/ruff format .

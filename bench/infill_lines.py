@@ -1,11 +1,11 @@
-"""Exact match of single lines of held-out packages: infilled (PSM, SPM) and completed left to right.
+"""Exact match of single lines of held-out packages: infilled (PSM, SPM) and completed.
 
     .venv/bin/python bench/infill_lines.py [--model M] [--corpus work/tiny/corpus] [--lines 500]
 
-A line is drawn from every document of the validation split in turn, out of a part of the document as
+The packages of the validation split take turns. A line is drawn out of a part of a document as
 training would see it (top-level statements, at most 2,400 characters). The model writes the line
-greedily; its first line must equal the removed one, both stripped of white space. Left to right, the
-same model sees only what stands before the line. The last line of output is one JSON object.
+greedily; its first line must equal the removed one, both stripped of white space. Completing, left
+to right, the same model sees only what stands before the line. The last line of output is JSON.
 """
 
 from __future__ import annotations

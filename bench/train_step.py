@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from codellama.data.loader import Batch
 from codellama.model.config import ModelConfig
 from codellama.model.transformer import Transformer

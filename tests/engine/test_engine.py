@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+
 from codellama.engine import Engine, SamplingParams
 from codellama.engine.reference import generate_greedy
 from codellama.model.config import ModelConfig

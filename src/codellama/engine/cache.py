@@ -76,9 +76,9 @@ class KeyValueCache:
                 keys[:, begin:end] = k[part].transpose(0, 1)
                 values[:, begin:end] = v[part].transpose(0, 1)
                 cached = keys[None, :, :end], values[None, :, :end]
-                out[part] = _attend_from(begin, q[part].transpose(0, 1)[None], *cached)[0].transpose(
-                    0, 1
-                )
+                out[part] = _attend_from(begin, q[part].transpose(0, 1)[None], *cached)[
+                    0
+                ].transpose(0, 1)
                 first = part.stop
             return out
 

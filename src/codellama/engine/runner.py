@@ -116,4 +116,3 @@ def sample(logits: Tensor, sequences: Items[Sequence]) -> Tensor:
     # The first token whose cumulative probability exceeds the draw; rounding may leave none.
     places = (cumulative <= draws).sum(-1, keepdim=True).clamp(max=keep.sum(-1, keepdim=True) - 1)
     return order.gather(-1, places)[:, 0]
-

@@ -40,7 +40,9 @@ class SamplingParams:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise ValueError(f"{name} = {value!r}: expected a whole number in [{low}, {high}]")
-        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
+        if self.seed is not None and (
+            not isinstance(self.seed, int) or isinstance(self.seed, bool)
+        ):
             raise ValueError(f"seed = {self.seed!r}: expected a whole number or None")
         for name, low, high in (("temperature", 0.0, 100.0), ("top_p", 0.0, 1.0)):
             value = getattr(self, name)

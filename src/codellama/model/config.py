@@ -155,7 +155,7 @@ class ModelConfig:
                 raise ValueError(f"{key} = {values[key]!r}: only {expected!r} is accepted")
         # The default base of a config that names none is Llama's 10,000, not Code Llama's 1e6.
         theta = rope.get("rope_theta", values.get("rope_theta", 1e4))
-        known = {"rope_theta": float(theta)}
+        known: dict[str, Any] = {"rope_theta": float(theta)}
         for field in dataclasses.fields(ModelConfig):
             if field.name in known:
                 continue
