@@ -1,8 +1,8 @@
 """The Engine: complete, infill, chat, stream and score with a model in this process.
 
-Prompts enter as text or as ids; sequences join the running batch as soon as there is room and leave
-it when they end, so nobody waits for the slowest. Results do not depend on who else is in the batch.
-It may be called from many threads; they take turns step by step.
+Prompts enter as text or as ids; sequences join the running batch as soon as there is room and
+leave it when they end, so nobody waits for the slowest. Results do not depend on who else is in
+the batch. It may be called from many threads; they take turns step by step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from codellama.engine.sequence import Completion
 from codellama.engine.sequence import Sequence as Running
 from codellama.model.transformer import Transformer
 from codellama.tokenizer import Tokenizer
+from codellama.tokenizer.chat import Message
 from codellama.tokenizer.chat import stop_ids as chat_stop_ids
 from codellama.weights import load
 
@@ -102,7 +103,7 @@ class Engine:
 
     def chat(
         self,
-        dialogs: Sequence[Sequence[dict[str, str]]],
+        dialogs: Sequence[Sequence[Message]],
         params: Params | None = None,
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
@@ -134,7 +135,7 @@ class Engine:
         yield from self._stream(ids, params, self._infilling_stops())
 
     def stream_chat(
-        self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None
+        self, messages: Sequence[Message], params: SamplingParams | None = None
     ) -> Iterator[str]:
         """As `stream`, for the answer to a dialog."""
         ids = self.tokenizer.encode_dialog(messages)

@@ -54,7 +54,7 @@ class Runner:
 
     @torch.inference_mode()
     def score(self, tokens: list[int]) -> list[float]:
-        """Log-probability of each token given those before it; the first has none and is left out."""
+        """Log-probability of each token after the first, given those before it."""
         ids = torch.tensor(tokens, device=self._device)
         hidden = self.model.model(
             ids[None, :-1], torch.arange(len(ids) - 1, device=self._device)[None], causal

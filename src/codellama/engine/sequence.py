@@ -30,7 +30,7 @@ class Completion:
 
 
 class Sequence:
-    """One running generation. `accept` takes the next token; `finish_reason` says when it is over."""
+    """One running generation: `accept` takes tokens until there is a `finish_reason`."""
 
     def __init__(
         self,
