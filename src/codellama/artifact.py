@@ -9,6 +9,8 @@ It deliberately knows nothing of what the folders hold.
 
 from __future__ import annotations
 
+import ctypes
+import glob
 import hashlib
 import json
 import os
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def code_version() -> str:
@@ -42,7 +45,8 @@ def write_file(path: Path, data: str | bytes) -> None:
     Raises:
         OSError: the file cannot be written; what was there before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_left_overs(path)
+    temporary = _temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.write(data.encode("utf-8") if isinstance(data, str) else data)
@@ -66,25 +70,20 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed process
-        if not _is_alive(left_over):
-            shutil.rmtree(left_over, ignore_errors=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_left_overs(path)
+    temporary = _temporary_name(path)
     temporary.mkdir()
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
             _flush(file)
         _flush(temporary)
-        replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced.tmp")
-        if path.exists():
-            path.rename(replaced)
-        temporary.rename(path)
+        _put_in_place(temporary, path)
         _flush(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    shutil.rmtree(temporary, ignore_errors=True)  # where folders were exchanged: the old one
 
 
 def write_manifest(folder: Path, kind: str, **content: Any) -> None:
@@ -123,7 +122,45 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_alive(temporary: Path) -> bool:
-    """Whether the process that a temporary folder is named after still runs."""
-    process = temporary.name.removesuffix(".tmp").removesuffix(".replaced").rpartition(".")[2]
-    return process.isdigit() and Path(f"/proc/{process}").exists()
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _remove_left_overs(path: Path) -> None:
+    """Delete what killed processes left beside `path`; they would fill the disk."""
+    for left_over in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = left_over.name.removesuffix(".tmp").rpartition(".")[2]
+        # In a container the same id comes again at every start: our own is no other process.
+        if process != str(os.getpid()) and Path(f"/proc/{process}").exists():
+            continue
+        if left_over.is_dir():
+            shutil.rmtree(left_over, ignore_errors=True)
+        else:
+            left_over.unlink(missing_ok=True)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a folder; one that stands in its place is exchanged for it.
+
+    Renaming the old folder away first would leave a moment without either, and a kill in it would
+    lose the old one.
+    """
+    if not path.exists():
+        temporary.rename(path)
+    elif not _exchange(temporary, path):
+        old = temporary.with_name(temporary.name.removesuffix(".tmp") + ".old")
+        path.rename(old)
+        try:
+            temporary.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux
+    if renameat2 is None:
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0

@@ -21,7 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 class Section(BaseModel):
     """A part of a recipe: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -168,7 +170,9 @@ class Recipe(Section):
             ValueError: no such stage; the message lists those that exist.
         """
         if name not in self.stages:
-            raise ValueError(f"no stage {name!r} in recipe {self.name!r}; it has {_list(self.stages)}")
+            raise ValueError(
+                f"no stage {name!r} in recipe {self.name!r}; it has {_list(self.stages)}"
+            )
         return self.stages[name]
 
     def stage_order(self) -> list[str]:
@@ -209,14 +213,20 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such recipe file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     for override in overrides:
         _apply_override(values, override)
     try:
-        return Recipe.model_validate(values)
+        # Strict: "100" or true where a number belongs is a mistake, not a 100 or a 1. As JSON,
+        # where lists and strings are still accepted for what JSON and TOML have no types for.
+        return Recipe.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        raise ValueError(f"{path}: " + "; ".join(_explain(values, e) for e in error.errors())) from None
+        raise ValueError(
+            f"{path}: " + "; ".join(_explain(values, e) for e in error.errors())
+        ) from None
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -255,8 +265,9 @@ def _accepted_keys(location: tuple[int | str, ...]) -> list[str]:
         "filters": Filters,
         "tokenizer": TokenizerSettings,
         "model": ModelChoice,
-        "stages": Stage,
     }
+    if location[:1] == ("stages",):
+        return list(Stage.model_fields)  # what follows is a stage's name, which can be any word
     named = [sections[part] for part in location if isinstance(part, str) and part in sections]
     return list((named[-1] if named else Recipe).model_fields)
 

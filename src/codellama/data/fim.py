@@ -13,9 +13,8 @@ import re
 from codellama.tokenizer import Tokenizer
 from codellama.tokenizer.infilling import infilling_example
 
-# A line that starts a top-level statement: not indented, not closing a bracket, not a comment that
-# belongs to the statement below it.
-_TOP_LEVEL = re.compile(r"^(?=(?:@|def |class |async def |if |for |try:|with |[A-Za-z_]))", re.M)
+# Lines from which a top-level statement may start. `else` and the like continue the one before.
+_TOP_LEVEL = re.compile(r"^(?!(?:elif|else|except|finally)\b)(?=[@#A-Za-z_])", re.M)
 
 
 def split_three(text: str, rng: random.Random) -> tuple[str, str, str]:
@@ -46,22 +45,29 @@ def transform(
 def split_document(text: str, max_chars: int | None) -> list[str]:
     """Cut a document at top-level statements into parts of at most `max_chars` where possible.
 
-    A single statement that is longer stays whole. The parts joined are the document.
+    A single statement that is longer stays whole; decorators and comments stay with the statement
+    below them. The parts joined are the document.
     """
     if max_chars is None or len(text) <= max_chars:
         return [text]
-    starts = [match.start() for match in _TOP_LEVEL.finditer(text)]
+    starts = _statement_starts(text)
     parts: list[str] = []
     begin = 0
-    for start, following in zip(starts, [*starts[1:], len(text)], strict=True):
-        if start > begin and following - begin > max_chars and not _is_decorated(text, start):
+    for i, start in enumerate(starts):
+        following = starts[i + 1] if i + 1 < len(starts) else len(text)
+        if start > begin and following - begin > max_chars:
             parts.append(text[begin:start])
             begin = start
     parts.append(text[begin:])
     return parts
 
 
-def _is_decorated(text: str, start: int) -> bool:
-    """Whether the line before is a decorator, which belongs to the statement at `start`."""
-    previous = text.rfind("\n", 0, max(start - 1, 0)) + 1
-    return text.startswith("@", previous)
+def _statement_starts(text: str) -> list[int]:
+    """Where top-level statements start, with what belongs to them above."""
+    starts: list[int] = []
+    belongs_below = False
+    for match in _TOP_LEVEL.finditer(text):
+        if not belongs_below:
+            starts.append(match.start())
+        belongs_below = text[match.start()] in "@#"
+    return starts

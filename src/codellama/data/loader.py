@@ -1,8 +1,8 @@
 """The loader: batches for training, computed ahead by worker processes, resumable exactly.
 
 Its state is a small plain value, one LaneState for each sequence of the global batch, taken behind
-the last batch that was handed out; what workers computed beyond it is computed again. A new process
-that loads the state continues with the batch that would have come next.
+the last batch that was handed out; what workers (see worker.py) computed beyond it is computed
+again. A new process that loads the state continues with the batch that would have come next.
 
 In: a corpus folder's documents (see packing.py). Out: Batch, every field [B, T].
 """
@@ -10,27 +10,20 @@ In: a corpus folder's documents (see packing.py). Out: Batch, every field [B, T]
 from __future__ import annotations
 
 import multiprocessing
-import os
-import queue
+import signal
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from codellama.data.packing import (
-    Documents,
-    Lane,
-    LaneState,
-    PackedSequence,
-    PackingSettings,
-    lanes_of_rank,
-)
+from codellama.data.packing import Documents, LaneState, PackingSettings, lanes_of_rank
+from codellama.data.worker import Rows, steps, work
 from codellama.tokenizer import Tokenizer
-
-_QUEUE_STEPS = 8  # steps that a worker may be ahead
 
 
 class Batch(NamedTuple):
@@ -77,9 +70,11 @@ class Loader:
         self._own = list(lanes_of_rank(n_lanes, rank, world_size))
         self._n_workers = min(n_workers, len(self._own))
         self._states = [LaneState()] * n_lanes
-        self._processes: list[Any] = []
-        self._queues: list[Any] = []
-        self._rows: Iterator[dict[int, tuple[PackedSequence, LaneState]]] | None = None
+        self._workers: list[tuple[Any, Connection]] = []
+        # Also when the loader is never closed: at exit Python would send the workers a SIGTERM,
+        # which they do not see, and wait for them.
+        Finalize(self, _end, (self._workers,), exitpriority=10)
+        self._rows: Iterator[Rows] | None = None
         self.stall_s = 0.0
         """Seconds that `next` spent waiting for workers since the first batch."""
 
@@ -119,11 +114,8 @@ class Loader:
 
     def close(self) -> None:
         """End the workers."""
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            process.join()
-        self._processes, self._queues, self._rows = [], [], None
+        _end(self._workers)
+        self._rows = None
 
     def __enter__(self) -> Loader:
         return self
@@ -131,72 +123,54 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _inline(self) -> Iterator[dict[int, tuple[PackedSequence, LaneState]]]:
-        return _steps(self._open, self._settings, self._own, self._n_lanes, self._states)
+    def _inline(self) -> Iterator[Rows]:
+        return steps(self._open, self._settings, self._own, self._n_lanes, self._states)
 
-    def _from_workers(self) -> Iterator[dict[int, tuple[PackedSequence, LaneState]]]:
+    def _from_workers(self) -> Iterator[Rows]:
         """Start the workers, each with every n-th lane, and merge what they send."""
         context = multiprocessing.get_context("spawn")  # fork is not safe beside torch's threads
-        for worker in range(self._n_workers):
-            lanes = self._own[worker :: self._n_workers]
-            channel = context.Queue(_QUEUE_STEPS)
-            arguments = (channel, self._open, self._settings, lanes, self._n_lanes, self._states)
-            process = context.Process(target=_work, args=(*arguments, os.getpid()), daemon=True)
-            process.start()
-            self._processes.append(process)
-            self._queues.append(channel)
+        # A worker inherits the blocked signals: Ctrl-C reaches the whole process group, and the
+        # training loop, which then wants to finish its step, would find its workers dead.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            for worker in range(self._n_workers):
+                receiver, sender = context.Pipe(duplex=False)
+                lanes = self._own[worker :: self._n_workers]
+                arguments = (sender, self._open, self._settings, lanes, self._n_lanes, self._states)
+                process = context.Process(target=work, args=arguments, daemon=True)
+                process.start()
+                sender.close()  # so that the pipe ends when the worker does, whatever kills it
+                self._workers.append((process, receiver))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while True:
-            rows: dict[int, tuple[PackedSequence, LaneState]] = {}
-            for process, channel in zip(self._processes, self._queues, strict=True):
-                rows |= _receive(process, channel)
+            rows: Rows = {}
+            for process, receiver in self._workers:
+                rows |= _receive(process, receiver)
             yield rows
 
 
-def _steps(
-    openers: tuple[Callable[[], Documents], Callable[[], Tokenizer]],
-    settings: PackingSettings,
-    own: list[int],
-    n_lanes: int,
-    states: list[LaneState],
-) -> Iterator[dict[int, tuple[PackedSequence, LaneState]]]:
-    """For each step: every own lane's row and the lane's state behind it."""
-    documents, tokenizer = openers[0](), openers[1]()
-    lanes = [Lane(documents, tokenizer, settings, lane, n_lanes, states[lane]) for lane in own]
-    while True:
-        yield {lane.lane: (lane.next_sequence(), lane.state) for lane in lanes}
+def _end(workers: list[tuple[Any, Connection]]) -> None:
+    for process, receiver in workers:
+        process.kill()  # they hold nothing that could be left half-done
+        receiver.close()
+    for process, _ in workers:
+        process.join()
+    workers.clear()
 
 
-def _work(channel: Any, *arguments: Any) -> None:
-    """A worker process: send steps until the parent is gone. An error is sent, not lost."""
-    *step_arguments, parent = arguments
-    try:
-        for rows in _steps(*step_arguments):
-            while True:
-                try:
-                    channel.put(rows, timeout=1)
-                    break
-                except queue.Full:
-                    if os.getppid() != parent:  # killed: do not stay behind as an orphan
-                        return
-    except (ValueError, OSError) as error:
-        channel.put(error)
-
-
-def _receive(process: Any, channel: Any) -> dict[int, tuple[PackedSequence, LaneState]]:
+def _receive(process: Any, receiver: Connection) -> Rows:
     """One message of a worker.
 
     Raises:
         ValueError, OSError: what the worker failed with.
         RuntimeError: the worker died.
     """
-    while True:
-        try:
-            message = channel.get(timeout=1)
-        except queue.Empty:
-            if not process.is_alive():
-                code = process.exitcode
-                raise RuntimeError(f"a loader process ended with exit code {code}") from None
-            continue
-        if isinstance(message, Exception):
-            raise message
-        return message
+    try:
+        message = receiver.recv()
+    except (EOFError, OSError):  # OSError: in the middle of a message
+        process.join()
+        raise RuntimeError(f"a loader process ended with exit code {process.exitcode}") from None
+    if isinstance(message, Exception):
+        raise message
+    return message

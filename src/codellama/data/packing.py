@@ -7,7 +7,7 @@ is the same at every world size.
 
 A document that fits whole into what remains of its context may be transformed for infilling; one
 that is cut across contexts never is (paper 2.3). Each is wrapped in BOS and EOS (the paper does not
-say). Numpy only: worker processes import this file, and torch would cost each of them seconds.
+say). Numpy only, like worker.py, which runs it.
 """
 
 from __future__ import annotations
@@ -100,15 +100,14 @@ class Lane:
     def next_sequence(self) -> PackedSequence:
         """Pack the next `seq_len` tokens and move the state behind them."""
         n_tokens = self.settings.seq_len
-        row = PackedSequence(
-            *(np.zeros(n_tokens, np.int64) for _ in range(2)),
-            np.zeros(n_tokens, np.bool_),
-            *(np.zeros(n_tokens, np.int64) for _ in range(2)),
-        )
+        types = (np.int64, np.int64, np.bool_, np.int64, np.int64)
+        row = PackedSequence(*(np.zeros(n_tokens, dtype) for dtype in types))
         filled = document = 0
         while filled < n_tokens:
-            ids = self._cut[self.state.offset :] or self._next_ids(n_tokens - filled)
-            taken = min(len(ids), n_tokens - filled)
+            n_remaining = n_tokens - filled
+            begin = self.state.offset  # one more than fits, for the last target
+            ids = self._cut[begin : begin + n_remaining + 1] or self._next_ids(n_remaining)
+            taken = min(len(ids), n_remaining)
             following = ids[1 : taken + 1]
             end = filled + taken
             row.tokens[filled:end] = ids[:taken]

@@ -53,8 +53,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 # On the CPU every document is attended to on its own: half the work of a mask at documents of 400
-# tokens in contexts of 1,024, and the causal kernel beside it (46 against 80 ms a layer, forward and
-# backward, B = 8). Wrapped as an operator so that torch.compile does not trace the loop.
+# tokens in contexts of 1,024, and the causal kernel beside it (46 against 80 ms a layer, forward
+# and backward, B = 8). Wrapped as an operator so that torch.compile does not trace the loop.
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -74,14 +74,14 @@ def _heads_first(x: Tensor, span: tuple[int, int]) -> Tensor:
 
 
 @torch.library.custom_op("codellama::per_document_attention", mutates_args=())
-def _per_document(
-    q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor
-) -> tuple[Tensor, Tensor]:
+def _per_document(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
     flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
-    out = torch.empty_like(flat_q)
+    out = flat_q.new_empty(flat_q.shape)
     log_sums = torch.empty(flat_q.shape[1], len(flat_q), dtype=torch.float32)
     for span in _spans(document_ids):
-        part, log_sum = _flash(*(_heads_first(x, span) for x in (flat_q, flat_k, flat_v)), 0.0, True)
+        part, log_sum = _flash(
+            *(_heads_first(x, span) for x in (flat_q, flat_k, flat_v)), 0.0, True
+        )
         out[span[0] : span[1]] = part[0].transpose(0, 1)
         log_sums[:, span[0] : span[1]] = log_sum[0]
     return out.view_as(q), log_sums
@@ -98,7 +98,7 @@ def _per_document_backward(
     document_ids: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     flat = [x.flatten(0, 1) for x in (gradient, q, k, v, out)]
-    results = [torch.empty_like(x) for x in flat[1:4]]
+    results = [x.new_empty(x.shape) for x in flat[1:4]]
     for span in _spans(document_ids):
         parts = _flash_backward(
             *(_heads_first(x, span) for x in flat), log_sums[None, :, span[0] : span[1]], 0.0, True
@@ -111,7 +111,7 @@ def _per_document_backward(
 @_per_document.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
     n_tokens = q.shape[0] * q.shape[1]
-    return torch.empty_like(q), q.new_empty(q.shape[2], n_tokens, dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[2], n_tokens, dtype=torch.float32)
 
 
 @_per_document_backward.register_fake
@@ -124,7 +124,7 @@ def _(
     log_sums: Tensor,
     document_ids: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -133,9 +133,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tenso
 
 def _differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, document_ids, out, log_sums = ctx.saved_tensors
-    gradients = _per_document_backward(
-        gradient.contiguous(), q, k, v, out, log_sums, document_ids
-    )
+    gradients = _per_document_backward(gradient.contiguous(), q, k, v, out, log_sums, document_ids)
     return *gradients, None
 
 

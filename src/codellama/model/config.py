@@ -37,7 +37,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not 0 < value < float("inf"):
                 raise ValueError(f"{field.name} = {value!r}: expected a positive number")
             if field.type == "int" and not isinstance(value, int):
                 raise ValueError(f"{field.name} = {value!r}: expected a whole number")
@@ -142,6 +143,8 @@ class ModelConfig:
             raise ValueError(f"model_type = {values.get('model_type')!r}: only 'llama' is accepted")
         rope = values.get("rope_parameters") or {}
         scaling = values.get("rope_scaling") or {}
+        if not isinstance(rope, dict) or not isinstance(scaling, dict):
+            raise ValueError("rope_parameters or rope_scaling is not an object")
         kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
         if kind != "default":
             raise ValueError(f"rope_type = {kind!r}: only 'default' is accepted")
@@ -155,7 +158,7 @@ class ModelConfig:
                 raise ValueError(f"{key} = {values[key]!r}: only {expected!r} is accepted")
         # The default base of a config that names none is Llama's 10,000, not Code Llama's 1e6.
         theta = rope.get("rope_theta", values.get("rope_theta", 1e4))
-        known: dict[str, Any] = {"rope_theta": float(theta)}
+        known: dict[str, Any] = {"rope_theta": float(theta) if type(theta) is int else theta}
         for field in dataclasses.fields(ModelConfig):
             if field.name in known:
                 continue

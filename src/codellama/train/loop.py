@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codellama.artifact import write_file
+from codellama.artifact import read_manifest, sha256_file, write_file
+from codellama.data.corpus import KIND as CORPUS
 from codellama.data.corpus import corpus_documents
 from codellama.data.loader import Batch, Loader
 from codellama.data.packing import PackingSettings
@@ -43,7 +44,12 @@ from codellama.train.progress import Progress
 from codellama.train.state import load_latest_state, save_state
 from codellama.train.validate import validate
 
+RECORD = "recipe.json"
 MAX_SKIPPED_STEPS = 10  # steps in a row whose gradient is not finite
+# Stage settings that leave every batch and the rounded loss as they are.
+CHANGEABLE = {
+    "micro_batch", "compile", "validate_every", "validation_tokens", "save_every", "keep_states",
+}  # fmt: skip
 
 
 class TrainingStopped(Exception):  # noqa: N818  it is not an error
@@ -64,13 +70,16 @@ def train(recipe: Recipe, stage_name: str, device: str = "cpu", n_workers: int =
     checkpoint = run_dir / "checkpoint"
     run_dir.mkdir(parents=True, exist_ok=True)
     with _only_trainer(run_dir), _stop_signals() as stop:
-        _check_same_run(recipe, stage_name, run_dir)
+        record = _record(recipe, stage_name)
+        _check_same_run(run_dir, record)
         if checkpoint.is_dir():
             print(f"{checkpoint}: already trained", file=sys.stderr)
             return checkpoint
         tokenizer = Tokenizer.load(recipe.tokenizer_dir)
         model = _initial_model(recipe, stage, tokenizer).to(device)
         optimizer = make_optimizer(model, stage)
+        # Not before everything was found: a start that fails must not hold the folder.
+        write_file(run_dir / RECORD, json.dumps(record, indent=2) + "\n")
         with _training_loader(recipe, stage, n_workers) as loader:
             step = 0
             if (resumed := load_latest_state(run_dir, model, optimizer)) is not None:
@@ -79,10 +88,12 @@ def train(recipe: Recipe, stage_name: str, device: str = "cpu", n_workers: int =
                 print(f"resumed at step {step}", file=sys.stderr)
             log = MetricsLog(run_dir, step)
             try:
-                _run_steps(recipe, stage, run_dir, model, optimizer, loader, tokenizer, log, step, stop)
+                _run_steps(
+                    recipe, stage, run_dir, model, optimizer, loader, tokenizer, log, step, stop
+                )
             finally:
                 log.close()
-                draw_curve(run_dir)
+                _draw(run_dir)
         save_checkpoint(
             checkpoint, model.config, model.state_dict(), stage.dtype, write_more=tokenizer.save
         )
@@ -102,11 +113,14 @@ def _run_steps(
     stop: list[int],
 ) -> None:
     """Take optimiser steps from `step` to the end of the stage."""
+    first_step = step
     device = str(next(model.parameters()).device)
     forward = LossFunction(model, stage)
     peak = matrix_flops_per_s(device, DTYPES[stage.dtype])
     flops_per_token = model.config.train_flops_per_token(stage.seq_len)
     documents = corpus_documents(recipe.corpus_dir, "validation")
+    if len(documents) == 0:
+        print("warning: the corpus has no held-out documents: no validation", file=sys.stderr)
 
     def save() -> None:
         try:
@@ -115,7 +129,8 @@ def _run_steps(
             print(f"warning: train state of step {step} not saved: {error}", file=sys.stderr)
 
     n_skipped = 0
-    begin = last = time.perf_counter()
+    stepping_s = 0.0  # time in steps, without the first one: it starts workers and compiles
+    last = time.perf_counter()
     with Progress(stage.steps, step) as progress:
         while step < stage.steps:
             rate = learning_rate(stage, step)
@@ -123,7 +138,7 @@ def _run_steps(
                 group["lr"] = rate
             batch = next(loader)
             loss = torch.zeros((), device=device)
-            weights = batch.loss_mask.float() / batch.loss_mask.sum()
+            weights = batch.loss_mask.float() / batch.loss_mask.sum().clamp(min=1)
             for micro, weight in zip(
                 batch.micro_batches(stage.micro_batch),
                 weights.split(stage.micro_batch),
@@ -145,31 +160,32 @@ def _run_steps(
                         f"in {run_dir / 'states'} are from before; lower peak_lr"
                     )
             optimizer.zero_grad(set_to_none=True)
-            step += 1
-            now = time.perf_counter()
-            speed = stage.batch_tokens / (now - last)
+            took = time.perf_counter() - last
+            stepping_s += took if step > first_step else 0
+            speed = stage.batch_tokens / took
             row: dict[str, Any] = {
-                "step": step,
+                "step": step + 1,
                 "loss": loss.item(),
                 "lr": rate,
                 "grad_norm": norm.item(),
-                "tokens": step * stage.batch_tokens,
+                "skipped": n_skipped > 0,
+                "tokens": (step + 1) * stage.batch_tokens,
                 "tokens_per_s": round(speed, 1),
                 "mfu": round(speed * flops_per_token / peak, 4),
-                "stall_share": round(loader.stall_s / (now - begin), 5),
+                "stall_share": round(loader.stall_s / stepping_s, 5) if stepping_s else 0.0,
             }
+            step += 1
             log.write(row)
             progress.update(row)
-            last = now
             if step % stage.validate_every == 0 or step == stage.steps:
-                result = validate(model, tokenizer, documents, stage)
-                log.write({"step": step, **result})
-                progress.note(step, result)
-                draw_curve(run_dir)
-                last = time.perf_counter()
+                if len(documents) > 0:
+                    result = validate(model, tokenizer, documents, stage)
+                    log.write({"step": step, **result})
+                    progress.note(step, result)
+                _draw(run_dir)
             if step % stage.save_every == 0 or step == stage.steps or stop:
                 save()
-                last = time.perf_counter()
+            last = time.perf_counter()
             if stop and step < stage.steps:
                 raise TrainingStopped(
                     f"stopped at step {step} of {stage.steps}; the same command continues"
@@ -192,8 +208,11 @@ class LossFunction:
             self._hidden = self._decode
 
     def _decode(self, tokens: Tensor, positions: Tensor, document_ids: Tensor) -> Tensor:
-        attend = within_documents(document_ids) if self._document_mask else causal
-        return self._model.model(tokens, positions, attend)
+        if self._document_mask:
+            return self._model.model(tokens, positions, within_documents(document_ids))
+        # What attends across documents needs positions that do not start again in each.
+        through = torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
+        return self._model.model(tokens, through, causal)
 
     def __call__(self, batch: Batch, weights: Tensor) -> Tensor:
         """The weighted sum of the batch's losses. weights: [B, T] float32."""
@@ -258,28 +277,55 @@ def _training_loader(recipe: Recipe, stage: Stage, n_workers: int) -> Loader:
     )
 
 
-def _check_same_run(recipe: Recipe, stage_name: str, run_dir: Path) -> None:
-    """Record what the run is made of; refuse to continue a run that was made of something else."""
-    corpus = json.loads((recipe.corpus_dir / "manifest.json").read_text(encoding="utf-8"))
-    record = {
+def _record(recipe: Recipe, stage_name: str) -> dict[str, Any]:
+    """What a run is made of."""
+    corpus = read_manifest(recipe.corpus_dir, CORPUS)
+    vocabulary = recipe.tokenizer_dir / "tokenizer.model"
+    if not vocabulary.is_file():
+        raise ValueError(f"{recipe.tokenizer_dir}: not a tokenizer folder; prepare the recipe")
+    return {
         "stage": stage_name,
         "corpus_fingerprint": corpus["fingerprint"],
+        "tokenizer_sha256": sha256_file(vocabulary),
         "model": recipe.model.model_dump(mode="json"),
         "settings": recipe.stage(stage_name).model_dump(mode="json"),
     }
-    path = run_dir / "recipe.json"
+
+
+def _check_same_run(run_dir: Path, record: dict[str, Any]) -> None:
+    """Refuse to continue a run that was made of something else."""
+    path = run_dir / RECORD
     if not path.exists():
-        write_file(path, json.dumps(record, indent=2) + "\n")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(set(_flat(record).items()) ^ set(_flat(before).items()))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged: {error}; delete {run_dir} to start again") from None
+    if changed:
+        raise ValueError(
+            f"{run_dir} holds a run with another {changed[0][0]!r}; "
+            "delete it, or set another `work`"
+        )
+
+
+def _flat(record: dict[str, Any]) -> dict[str, str]:
+    """A record's values by dotted key, without what a run may be continued with changed."""
+    flat: dict[str, str] = {}
     for part, values in record.items():
-        if before.get(part) != values:
-            changed = part
-            if isinstance(values, dict):
-                changed = next(key for key in values if before[part].get(key) != values[key])
-            raise ValueError(
-                f"{run_dir} holds a run with another {changed!r}; delete it, or set another `work`"
-            )
+        if isinstance(values, dict):
+            kept = {key: value for key, value in values.items() if key not in CHANGEABLE}
+            flat |= {f"{part}.{key}": json.dumps(value) for key, value in kept.items()}
+        else:
+            flat[part] = json.dumps(values)
+    return flat
+
+
+def _draw(run_dir: Path) -> None:
+    try:
+        draw_curve(run_dir)
+    except OSError as error:
+        print(f"warning: loss curve not drawn: {error}", file=sys.stderr)
 
 
 @contextmanager
@@ -305,7 +351,8 @@ def _stop_signals() -> Iterator[list[int]]:
     def note(number: int, _: Any) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-        print("stopping after this step; once more to stop now", file=sys.stderr)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"stopping after this step; once more to stop now\n")
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -1,9 +1,9 @@
 """Next-token cross-entropy that never holds the logits of a whole batch.
 
 The output projection, the loss and the gradients of both are computed together for a chunk of
-positions at a time: with V = 8,196 and 8,192 positions the logits alone would be 268 MB, and a chunk
-of them stays in the processor's cache. Measured on two cores (docs/results/train_step.md): 1.35
-times torch's own chunked `linear_cross_entropy`, and 1.1 times the compiled loss over all logits.
+positions at a time: with V = 8,196 and 8,192 positions the logits alone would be 268 MB, and a
+chunk of them stays in the processor's cache. Measured on two cores (docs/results/train_step.md):
+1.35 times torch's own chunked `linear_cross_entropy`, 1.1 times the compiled loss over all logits.
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ Files out, in the run folder: metrics.jsonl (one object a step), loss.png.
 from __future__ import annotations
 
 import json
+import math
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,30 +23,43 @@ CURVE_FILE = "loss.png"
 
 def matrix_flops_per_s(device: str, dtype: torch.dtype, width: int = 2048) -> float:
     """The machine's own rate at a large square matrix product: what MFU is measured against."""
-    a = torch.randn(width, width, device=device).to(dtype)
-    durations = []
-    for _ in range(8):
+    generator = torch.Generator(device).manual_seed(0)  # training's random state stays as it is
+    a = torch.randn(width, width, device=device, generator=generator).to(dtype)
+    durations: list[float] = []
+    while len(durations) < 3 or (sum(durations) < 1 and len(durations) < 8):
         begin = time.perf_counter()
         _ = a @ a
         if device != "cpu":
             torch.cuda.synchronize()
         durations.append(time.perf_counter() - begin)
-    return 2 * width**3 / statistics.median(durations[2:])  # the first ones warm up
+    return 2 * width**3 / statistics.median(durations[1:])  # the first one warms up
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl; a resumed run first drops what its state does not cover."""
+    """Appends to metrics.jsonl; a resumed run first drops what its state does not cover.
+
+    A file that cannot be written to is a warning: training does not depend on it.
+    """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
         self._path = run_dir / METRICS_FILE
         kept = [row for row in read_metrics(run_dir) if row["step"] <= first_step]
         write_file(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._path.open("ab", buffering=0)
+        self._pending = b""
+        self._has_warned = False
 
     def write(self, row: dict[str, Any]) -> None:
-        """Add one row; it reaches the file at once."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Add one row; it reaches the file at once, or with a later one. NaN becomes null."""
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self._pending += json.dumps(finite).encode() + b"\n"
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if not self._has_warned:
+                print(f"warning: {self._path}: {error}; training goes on", file=sys.stderr)
+            self._has_warned = True
 
     def close(self) -> None:
         """Close the file."""
@@ -55,7 +70,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of a run; a last line that a kill cut off is left out."""
     path = run_dir / METRICS_FILE
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -64,15 +79,19 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def draw_curve(run_dir: Path) -> None:
-    """Draw training loss, validation loss and learning rate over the steps as loss.png."""
+    """Draw training loss, validation loss and learning rate over the steps as loss.png.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = read_metrics(run_dir)
-    steps = [row for row in rows if "loss" in row]
-    validations = [row for row in rows if "validation_loss" in row]
+    steps = [row for row in rows if row.get("loss") is not None]
+    validations = [row for row in rows if row.get("validation_loss") is not None]
     if not steps:
         return
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")

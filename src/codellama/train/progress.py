@@ -34,9 +34,7 @@ class Progress:
 
     def update(self, row: dict[str, Any]) -> None:
         """Show the metrics of one step."""
-        facts = (
-            f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  MFU {row['mfu']:.1%}"
-        )
+        facts = f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  MFU {row['mfu']:.1%}"
         self._bar.update(self._task, completed=row["step"], facts=facts)
         now = time.monotonic()
         if self._bar.disable and now - self._last_line >= _LINE_EVERY_S:

@@ -1,8 +1,8 @@
 """Train states: all that a run needs to continue to the bit, written whole and checked on reading.
 
-Folder RUN/states/step-NNNNNNNN: tensors.safetensors (weights, both moments, random state) and
-manifest.json (step, loader state, checksum). A state that is damaged is named and passed over in
-favour of the one before it.
+Folder RUN/states/step-NNNNNNNN: tensors.safetensors (weights, both moments, random state),
+manifest.json (step, loader state) and SHA256SUMS (of these two, as `sha256sum` writes and checks
+it). A state that is damaged is named and passed over in favour of the one before it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from codellama.artifact import new_folder, read_manifest, sha256_file, write_manifest
+from codellama.artifact import MANIFEST, new_folder, read_manifest, sha256_file, write_manifest
 
 _TENSORS = "tensors.safetensors"
+_SUMS = "SHA256SUMS"
 
 
 def save_state(
@@ -32,13 +33,15 @@ def save_state(
 ) -> None:
     """Write the state behind `step` updates, then delete all but the newest `keep` states.
 
+    States of later steps are deleted too: a run is at `step` again only because they are damaged.
+
     Raises:
         OSError: it cannot be written; older states are untouched.
     """
     folder = run_dir / "states" / f"step-{step:08d}"
     tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = value
     tensors["rng"] = torch.get_rng_state()
     with new_folder(folder) as temporary:
@@ -46,14 +49,10 @@ def save_state(
             save_file(tensors, temporary / _TENSORS)
         except SafetensorError as error:
             raise OSError(f"{folder / _TENSORS}: cannot be written: {error}") from None
-        write_manifest(
-            temporary,
-            "train-state",
-            step=step,
-            loader=loader_state,
-            sha256=sha256_file(temporary / _TENSORS),
-        )
-    for old in _state_folders(run_dir)[keep:]:
+        write_manifest(temporary, "train-state", step=step, loader=loader_state)
+        (temporary / _SUMS).write_text(_checksums(temporary), encoding="utf-8")
+    folders = _state_folders(run_dir)
+    for old in folders[folders.index(folder) + keep :] + folders[: folders.index(folder)]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -85,15 +84,18 @@ def load_latest_state(
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a state into memory once its checksum holds."""
-    manifest = read_manifest(folder, "train-state")
-    path = folder / _TENSORS
+    """Read a state into memory once its checksums hold."""
     try:
-        if sha256_file(path) != manifest["sha256"]:
-            raise ValueError(f"{path}: damaged: its checksum is not that of the manifest")
-        return manifest, load_file(path)
-    except (OSError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{path}: damaged: {error}") from None
+        # Bytes: a flipped bit may leave no text.
+        if (folder / _SUMS).read_bytes() != _checksums(folder).encode():
+            raise ValueError(f"{folder}: damaged: a file does not have the checksum in {_SUMS}")
+        return read_manifest(folder, "train-state"), load_file(folder / _TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder}: damaged: {error}") from None
+
+
+def _checksums(folder: Path) -> str:
+    return "".join(f"{sha256_file(folder / name)}  {name}\n" for name in (MANIFEST, _TENSORS))
 
 
 def _restore(
@@ -104,10 +106,12 @@ def _restore(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
+            # Clones: the file's tensors are mapped to a file that will be deleted. There are none
+            # where every step so far was skipped.
             optimizer.state[parameter] = {
-                "step": tensors[f"step.{name}"].to(torch.float32),
-                "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
+                key: tensors[f"{key}.{name}"].to(parameter.device, copy=True)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{key}.{name}" in tensors
             }
 
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
-from codellama.data.packing import Documents, Lane, PackingSettings
+from codellama.data.packing import Documents, Lane, PackedSequence, PackingSettings
 from codellama.model.attention import within_documents
 from codellama.model.checkpoint import DTYPES
 from codellama.model.transformer import Transformer
 from codellama.recipe import Stage
 from codellama.tokenizer import Tokenizer
+from codellama.train.loss import CHUNK_TOKENS
 
 
 @torch.no_grad()
@@ -24,38 +27,49 @@ def validate(
 ) -> dict[str, float]:
     """Score held-out documents, left to right, packed as in training but never transformed.
 
+    Stops after `validation_tokens`, or where the documents end. What the model needs for the end of
+    a document counts, as the end has to be encoded too.
+
     Returns:
         validation_loss in nats per token; validation_bits_per_byte over the documents' bytes.
     """
-    settings = PackingSettings(stage.seq_len, shuffle=False)
-    lane = Lane(documents, tokenizer, settings, lane=0, n_lanes=1)
+    lane = Lane(documents, tokenizer, PackingSettings(stage.seq_len, shuffle=False), 0, n_lanes=1)
     dtype = DTYPES[stage.dtype]
     device = next(model.parameters()).device
-    n_bytes_of = torch.tensor([_n_bytes(tokenizer, i) for i in range(tokenizer.vocab_size)])
+    n_bytes_of = torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     nats, n_tokens, n_bytes = 0.0, 0, 0
     n_rows = max(1, stage.validation_tokens // stage.seq_len)
     for begin in range(0, n_rows, stage.micro_batch):
-        size = min(stage.micro_batch, n_rows - begin)
-        columns = zip(*(lane.next_sequence() for _ in range(size)), strict=True)
+        rows = _rows(lane, min(stage.micro_batch, n_rows - begin))
+        if not rows:
+            break
         tokens, targets, mask, document_ids, positions = (
-            torch.stack([torch.from_numpy(row) for row in column]) for column in columns
+            torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)
         )
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(
-                tokens.to(device), positions.to(device), within_documents(document_ids.to(device))
-            )
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten().to(device), reduction="none"
-        )
-        nats += losses[mask.flatten().to(device)].double().sum().item()
+            attend = within_documents(document_ids.to(device))
+            hidden = model.model(tokens.to(device), positions.to(device), attend)[mask.to(device)]
+            for part, wanted in zip(
+                hidden.split(CHUNK_TOKENS), targets[mask].split(CHUNK_TOKENS), strict=True
+            ):
+                logits = model.lm_head(part).float()
+                nats += F.cross_entropy(logits, wanted.to(device), reduction="sum").item()
         n_tokens += int(mask.sum())
         n_bytes += int(n_bytes_of[targets[mask]].sum())
+        if tokenizer.add_dummy_prefix:  # a space that is not in the text, in the first token
+            begins_text = (tokens == tokenizer.bos_id) & (targets != tokenizer.eos_id) & mask
+            n_bytes -= int(begins_text.sum())
     return {
-        "validation_loss": nats / n_tokens,
-        "validation_bits_per_byte": nats / math.log(2) / n_bytes,
+        "validation_loss": nats / max(1, n_tokens),
+        "validation_bits_per_byte": nats / math.log(2) / max(1, n_bytes),
     }
 
 
-def _n_bytes(tokenizer: Tokenizer, token_id: int) -> int:
-    """Bytes of text that an id stands for; control ids stand for none."""
-    return len(tokenizer.token_bytes(token_id))
+def _rows(lane: Lane, n_rows: int) -> list[PackedSequence]:
+    """The next rows, fewer where the documents end; none is scored twice."""
+    rows: list[PackedSequence] = []
+    while len(rows) < n_rows and (turn := lane.state.turn) < len(lane.documents):
+        row = lane.next_sequence()
+        is_repeated = turn + row.document_ids >= len(lane.documents)  # one document a turn
+        rows.append(row._replace(loss_mask=row.loss_mask & ~is_repeated))
+    return rows
