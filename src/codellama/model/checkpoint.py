@@ -93,7 +93,12 @@ def save_checkpoint(
 
 
 def write_json_files(
-    folder: Path, config: ModelConfig, dtype: str, shards: dict[str, list[str]], total_bytes: int
+    folder: Path,
+    config: ModelConfig,
+    dtype: str,
+    shards: dict[str, list[str]],
+    total_bytes: int,
+    eos_ids: int | list[int] = 2,
 ) -> None:
     """Write the index (of several files), config.json and generation_config.json."""
     if len(shards) > 1:
@@ -104,7 +109,7 @@ def write_json_files(
         }
         _write_json(folder / INDEX_FILE, index)
     _write_json(folder / "config.json", config.to_hf() | {"torch_dtype": dtype})
-    _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": eos_ids})
 
 
 def load_config(folder: str | Path) -> ModelConfig:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,13 @@ def parse_params(values: dict[str, Any], vocab_size: int) -> ModelConfig:
         if key not in _REQUIRED + _OPTIONAL:
             raise ValueError(f"unknown field {key!r}; known: {', '.join(_REQUIRED + _OPTIONAL)}")
         # -1 and null both stand for a field that is not given.
-        absent = value is None or (key == "vocab_size" and value == -1)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if key in _OPTIONAL and (value is None or (key == "vocab_size" and value == -1)):
+            continue
         if key == "use_scaled_rope":
             if value:
                 raise ValueError(f"{key!r} is set: Code Llama has no scaled rotation")
-        elif not (absent and key in _OPTIONAL) and not (number and 0 < value < 1e9):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
             raise ValueError(f"{key} = {value!r}: expected a positive number")
     stated = values.get("vocab_size", -1)
     if stated not in (None, -1, vocab_size):
@@ -198,7 +200,7 @@ def open_meta(folder: Path) -> Weights:
         raise ValueError(f"{first}: tensor 'tok_embeddings.weight' is missing or no matrix")
     try:
         config = parse_params(params, embedding.shape[0])
-        config = _with_context(config, folder)
+        config, manifest = _with_context(config, folder)
     except ValueError as error:
         raise ValueError(f"{folder / PARAMS_FILE}: {error}") from None
     if embedding.shape[1] * len(shards) != config.hidden_size:
@@ -213,7 +215,7 @@ def open_meta(folder: Path) -> Weights:
         config=config,
         tensors={name: _stored(folder / found[0], name, shards) for name in shards[0]},
         read=lambda name, dtype: _read(shards, config, name, dtype),
-        extra={},
+        extra=manifest,
     )
 
 
@@ -232,13 +234,14 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _with_context(config: ModelConfig, folder: Path) -> ModelConfig:
+def _with_context(config: ModelConfig, folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Take the context length, for which params.json has no field, from our own manifest."""
     try:
-        context = read_json(inside(folder, MANIFEST)).get("max_position_embeddings")
+        manifest = read_json(inside(folder, MANIFEST))
     except FileNotFoundError:
-        return config
-    return config if context is None else config.replace(max_position_embeddings=context)
+        return config, {}
+    context = manifest.get("max_position_embeddings", config.max_position_embeddings)
+    return config.replace(max_position_embeddings=context), manifest
 
 
 def _stored(path: Path, name: str, shards: list[dict[str, Tensor]]) -> Stored:
@@ -299,12 +302,12 @@ def _obstacles(config: ModelConfig, n_shards: int) -> list[str]:
     return [name for name in names if n_shards < 1 or getattr(config, name) % n_shards]
 
 
-def shard_part(tensor: Tensor, name: str, shard: int, n_shards: int, head_dim: int) -> Tensor:
-    """One shard's part of a tensor in Hugging Face's layout (and by its name)."""
+def shard_parts(tensor: Tensor, name: str, n_shards: int, head_dim: int) -> Sequence[Tensor]:
+    """The parts that the shards hold of a tensor in Hugging Face's layout (and by its name)."""
     if is_rotated(name):
         tensor = to_neighbours(tensor, head_dim)
     cut = cut_dimension(name)
-    return tensor if cut is None else tensor.chunk(n_shards, dim=cut)[shard]
+    return [tensor] * n_shards if cut is None else tensor.chunk(n_shards, dim=cut)
 
 
 def params_text(config: ModelConfig) -> str:

@@ -14,7 +14,8 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,16 +125,14 @@ class _Pickler(pickle.Pickler):
         return "storage", kind, obj.key, "cpu", obj.n_values
 
 
-def write_torch_file(
-    path: Path,
-    shapes: dict[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    tensors: Iterable[tuple[str, Tensor]],
-) -> None:
-    """Write what `torch.save(dict)` would, holding one tensor at a time.
+@contextmanager
+def torch_file(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """Write what `torch.save(dict)` would, one tensor at a time.
 
-    Args:
-        tensors: (name, tensor) for every name of `shapes`, in that order.
+    Yields:
+        A function that writes the tensor of a name; to be called once for each of `shapes`.
 
     Raises:
         OSError: the file cannot be written.
@@ -146,9 +145,13 @@ def write_torch_file(
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         _add(archive, f"{root}/data.pkl", directory.getvalue())
         _add(archive, f"{root}/byteorder", b"little")
-        for name, tensor in tensors:
+
+        def write(name: str, tensor: Tensor) -> None:
             assert tuple(tensor.shape) == shapes[name]
-            _add(archive, f"{root}/data/{keys[name]}", as_bytes(tensor.to(dtype)))
+            _add(archive, f"{root}/data/{keys.pop(name)}", as_bytes(tensor.to(dtype)))
+
+        yield write
+        assert not keys
         _add(archive, f"{root}/version", b"3\n")
 
 
