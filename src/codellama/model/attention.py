@@ -73,11 +73,15 @@ def _heads_first(x: Tensor, span: tuple[int, int]) -> Tensor:
     return x[span[0] : span[1]].transpose(0, 1)[None]
 
 
+def _sum_type(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
 @torch.library.custom_op("codellama::per_document_attention", mutates_args=())
 def _per_document(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
     flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
     out = flat_q.new_empty(flat_q.shape)
-    log_sums = torch.empty(flat_q.shape[1], len(flat_q), dtype=torch.float32)
+    log_sums = flat_q.new_empty(flat_q.shape[1], len(flat_q), dtype=_sum_type(q))
     for span in _spans(document_ids):
         part, log_sum = _flash(
             *(_heads_first(x, span) for x in (flat_q, flat_k, flat_v)), 0.0, True
@@ -111,7 +115,7 @@ def _per_document_backward(
 @_per_document.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
     n_tokens = q.shape[0] * q.shape[1]
-    return q.new_empty(q.shape), q.new_empty(q.shape[2], n_tokens, dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[2], n_tokens, dtype=_sum_type(q))
 
 
 @_per_document_backward.register_fake

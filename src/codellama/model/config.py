@@ -145,9 +145,9 @@ class ModelConfig:
         scaling = values.get("rope_scaling") or {}
         if not isinstance(rope, dict) or not isinstance(scaling, dict):
             raise ValueError("rope_parameters or rope_scaling is not an object")
-        kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-        if kind != "default":
-            raise ValueError(f"rope_type = {kind!r}: only 'default' is accepted")
+        for kind in (rope.get("rope_type"), scaling.get("rope_type"), scaling.get("type")):
+            if kind not in (None, "default"):
+                raise ValueError(f"rope_type = {kind!r}: only 'default' is accepted")
         for key, expected in (
             ("hidden_act", "silu"),
             ("attention_bias", False),

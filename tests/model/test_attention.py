@@ -1,0 +1,109 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import TINY, tiny_model
+
+from codellama.model.attention import causal, within_documents
+
+# Documents of one token, at a row's end, over a whole row, and the same id in two rows.
+DOCUMENTS = torch.tensor(
+    [[0] * 5 + [1] + [2] * 30 + [3], [0] * 37, [0] * 36 + [1], list(range(37))]
+)
+
+
+def inputs(dtype=torch.float32, n_kv_heads=2):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(4, 37, heads, 8, generator=generator).to(dtype).requires_grad_()
+        for heads in (4, n_kv_heads, n_kv_heads)
+    ]
+
+
+def masked(q, k, v, document_ids):
+    """The definition, in float64 with a mask."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    mask = (same & torch.ones(37, 37, dtype=torch.bool).tril())[:, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float64, 1e-12)]
+)
+def test_documents_equal_masked_attention(dtype, tolerance, n_kv_heads):
+    q, k, v = inputs(dtype, n_kv_heads)
+    out = within_documents(DOCUMENTS)(0, q, k, v)
+    expected = masked(q, k, v, DOCUMENTS)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ours = torch.autograd.grad(out, (q, k, v), gradient)
+    theirs = torch.autograd.grad(expected, (q, k, v), gradient.double())
+    for name, a, b in zip("qkv", ours, theirs, strict=True):
+        torch.testing.assert_close(
+            a.double(),
+            b.double(),
+            rtol=4 * tolerance,
+            atol=4 * tolerance,
+            msg=f"gradient of {name}",
+        )
+
+
+def test_one_document_is_plain_causal_attention():
+    q, k, v = inputs()
+    whole = torch.zeros(4, 37, dtype=torch.int64)
+    torch.testing.assert_close(within_documents(whole)(0, q, k, v), causal(0, q, k, v))
+
+
+def test_gradients_of_inputs_that_are_views():
+    """Projections hand over slices and transposed tensors; a wrong stride would mix heads."""
+    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs())
+    assert not q.is_contiguous()
+    for x in (q, k, v):
+        x.requires_grad_()
+    out = within_documents(DOCUMENTS)(0, q, k, v)
+    expected = masked(q, k, v, DOCUMENTS)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    ours = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_operator_is_registered_correctly():
+    """Shapes, strides and gradients as torch.compile assumes them."""
+    q, k, v = inputs()
+    torch.library.opcheck(
+        torch.ops.codellama.per_document_attention.default,
+        (q, k, v, DOCUMENTS),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_nothing_leaks_between_documents(row):
+    model = tiny_model(TINY["grouped-query"])
+    tokens = torch.randint(0, 67, (4, 37), generator=torch.Generator().manual_seed(2))
+    document = DOCUMENTS[row, 20]
+    changed = tokens.clone()
+    inside = torch.zeros_like(tokens, dtype=torch.bool)
+    inside[row] = DOCUMENTS[row] == document
+    changed[inside] = (changed[inside] + 11) % 67
+    with torch.no_grad():
+        before, after = (model(x, attend=within_documents(DOCUMENTS)) for x in (tokens, changed))
+    assert torch.equal(before[~inside], after[~inside])
+    assert not torch.equal(before[inside], after[inside])
+
+
+def test_a_document_is_computed_as_if_alone():
+    model = tiny_model(TINY["grouped-query"])
+    tokens = torch.randint(0, 67, (1, 37), generator=torch.Generator().manual_seed(2))
+    ids = torch.tensor([[0] * 11 + [1] * 26])
+    positions = torch.cat((torch.arange(11), torch.arange(26)))[None]
+    with torch.no_grad():
+        packed = model(tokens, positions, within_documents(ids))
+        alone = torch.cat((model(tokens[:, :11]), model(tokens[:, 11:])), dim=1)
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
