@@ -10,22 +10,17 @@ from pathlib import Path
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json"]
-_META_FILES = ["params.json", "consolidated.*.pth"]
+# One kind of weights is enough; the first that a repository has.
+_WEIGHTS = (
+    ("model*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    ("consolidated.*.pth", "params.json"),
+)
 
 
 def is_hub_name(text: str) -> bool:
     """Whether a text has the form of a hub name, such as codellama/CodeLlama-7b-hf."""
     return _NAME.fullmatch(text) is not None
-
-
-def needed_patterns(files: list[str]) -> list[str]:
-    """The files of a repository to download, as patterns: one kind of weights, not all."""
-    patterns = list(_SMALL_FILES)
-    if any(name.endswith(".safetensors") for name in files):
-        return [*patterns, "*.safetensors", "model.safetensors.index.json"]
-    if any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in files):
-        return [*patterns, "pytorch_model*.bin", "pytorch_model.bin.index.json"]
-    return patterns + _META_FILES
 
 
 def download(name: str) -> Path:
@@ -34,37 +29,38 @@ def download(name: str) -> Path:
     Raises:
         ValueError: there is no such model, no access to it, or no connection and no copy here.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from huggingface_hub.errors import OfflineModeIsEnabled as Offline
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]  (of whichever HTTP library it uses)
+        LocalEntryNotFoundError,
+    )
 
     try:
-        import httpx
-
-        connection_errors: tuple[type[Exception], ...] = (OSError, Offline, httpx.HTTPError)
-    except (
-        ImportError
-    ):  # older versions of the hub's library use requests, whose errors are OSErrors
-        connection_errors = (OSError, Offline)
-    try:
-        files = HfApi().list_repo_files(name)
-        return Path(snapshot_download(name, allow_patterns=needed_patterns(files)))
+        # Without a connection these return what an earlier download left.
+        folder = Path(snapshot_download(name, allow_patterns=_SMALL_FILES))
+        for pattern, index in _WEIGHTS:
+            snapshot_download(name, allow_patterns=[pattern, index])
+            if any(folder.glob(pattern)):
+                return folder
+    except LocalEntryNotFoundError:
+        raise ValueError(
+            f"{name}: no such file or folder here, and the Hugging Face hub, where a model may "
+            "have this name, cannot be reached; connect, or give the folder of a download"
+        ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
-        reason = {
-            401: "no such model, or no access to it",
-            403: "no access to it",
-            404: "not found",
-        }
-        if status in reason:
-            raise ValueError(f"{name}: {reason[status]} on the Hugging Face hub") from None
-        problem = f"the hub answered {status}"
-    except connection_errors as error:
-        problem = f"the hub cannot be reached ({type(error).__name__})"
-    try:  # an earlier download
-        return Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError):
+        known = {401: "no such model, or no access to it", 403: "no access to it", 404: "not found"}
+        reason = known.get(status or 0, f"it answered {status}")
+        raise ValueError(f"{name}: Hugging Face hub: {reason}") from None
+    except HFValidationError as error:
         raise ValueError(
-            f"{name}: no such file or folder here, and as a name of the Hugging Face hub it cannot "
-            f"be downloaded: {problem}"
+            f"{name}: no such file or folder, and no name of a model: {error}"
         ) from None
+    except (OSError, HTTPError) as error:
+        raise ValueError(
+            f"{name}: the download broke off ({type(error).__name__}: {error}); "
+            "the same command continues it"
+        ) from None
+    raise ValueError(f"{name}: this model of the hub has no weights of a known format")

@@ -52,7 +52,7 @@ class Int8Linear(nn.Module):
         """x: [..., inputs] -> [..., outputs]."""
         rows = x.reshape(-1, x.shape[-1])
         if rows.device.type == "cpu" and 0 < rows.shape[0] <= _FEW_ROWS:
-            out = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+            out = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             out = F.linear(rows, self.weight.to(x.dtype)) * self.scale
         return out.view(*x.shape[:-1], out.shape[-1])

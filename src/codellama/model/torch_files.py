@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _rebuild_tensor_v2
 
 _MAX_PICKLE_BYTES = 16 << 20  # the directory of tensors; 100 kB for the 70B model
 _ALIGNMENT = 64  # of each tensor in the archive, as torch.save writes it
@@ -107,7 +108,7 @@ class _Entry:
     def __reduce__(self) -> tuple[Any, ...]:
         strides = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
         arguments = (self.storage, 0, self.shape, strides, False, OrderedDict())
-        return torch._utils._rebuild_tensor_v2, arguments
+        return _rebuild_tensor_v2, arguments
 
 
 class _Pickler(pickle.Pickler):
@@ -169,4 +170,4 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, without a copy where it is contiguous."""
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
