@@ -111,7 +111,7 @@ def test_overrides(path):
         ("stages.code.peak_lr=true", r"stages\.code\.peak_lr: .*number.*True"),
         ("stages.code.betas=[0.9]", r"stages\.code\.betas"),
         ("name=3", r"name: .*string.*3"),
-        ("work=3", r"work: .*path.*3"),
+        ("work=3", r"work: .*string.*3"),
         ("model.overrides.hidden_size=wide", r"model\.overrides\.hidden_size.*'wide'"),
         # Values out of range.
         ("stages.code.steps=0", r"stages\.code\.steps: .*greater than 0.*0"),

@@ -42,13 +42,8 @@ def test_documents_equal_masked_attention(dtype, tolerance, n_kv_heads):
     ours = torch.autograd.grad(out, (q, k, v), gradient)
     theirs = torch.autograd.grad(expected, (q, k, v), gradient.double())
     for name, a, b in zip("qkv", ours, theirs, strict=True):
-        torch.testing.assert_close(
-            a.double(),
-            b.double(),
-            rtol=4 * tolerance,
-            atol=4 * tolerance,
-            msg=f"gradient of {name}",
-        )
+        near = 4 * tolerance
+        torch.testing.assert_close(a.double(), b.double(), rtol=near, atol=near, msg=name)
 
 
 def test_one_document_is_plain_causal_attention():

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny_models import TINY, tiny_model
@@ -153,3 +156,15 @@ def test_initial_weights_come_from_the_seed():
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         assert abs(first[f"model.layers.1.{name}.weight"].std() / scaled - 1) < 0.1
     assert torch.equal(first["model.norm.weight"], torch.ones(64))
+
+
+def test_a_model_on_the_meta_device_is_cheap():
+    """Every loaded model begins there; drawing random weights imports 800 modules, 1.1 s."""
+    program = (
+        "import sys, torch, codellama.model.transformer as t, codellama.model.config as c\n"
+        "with torch.device('meta'): t.Transformer(c.ModelConfig.named('7b'))\n"
+        "print('sympy' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

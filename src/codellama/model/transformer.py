@@ -119,7 +119,10 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not nn.Embedding(V, D): its random start is thrown away, and on the meta device, where
+        # every loaded model begins, importing what draws it takes 1.1 s.
+        table = torch.zeros(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(
             Block(config, layer) for layer in range(config.num_hidden_layers)
         )
@@ -135,7 +138,10 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model: tokens to logits. `model(tokens)` is plain causal prediction."""
+    """The whole model: tokens to logits. `model(tokens)` is plain causal prediction.
+
+    A new one has no useful weights: call `initialise`, or load a state.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
