@@ -1,0 +1,185 @@
+import ast
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codellama.data import fim
+from codellama.data.fim import split_document, split_three, transform
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
+
+
+def parts_of(tokenizer, ids):
+    """(prefix and middle, suffix) of a transformed document, by its ids alone."""
+    pre, suf = tokenizer.prefix_id, tokenizer.suffix_id
+    mid, eot = tokenizer.middle_id, tokenizer.eot_id
+    assert ids[0] == pre
+    assert ids[-1] == eot
+    assert sorted(Counter(i for i in ids if i in (pre, suf, mid, eot)).values()) == [1, 1, 1, 1]
+    at_suf, at_mid = ids.index(suf), ids.index(mid)
+    assert at_suf < at_mid
+    suffix = tokenizer.decode_infilling(ids[at_suf + 1 : at_mid])
+    if ids[1] == suf:  # prefix and middle are one text
+        return tokenizer.decode(ids[at_mid + 1 : -1]), suffix
+    prefix = tokenizer.decode(ids[1:at_suf])
+    return prefix + tokenizer.decode_infilling(ids[at_mid + 1 : -1]), suffix
+
+
+@given(TEXTS, st.integers())
+def test_parts_join_to_the_text(text, seed):
+    assert "".join(split_three(text, random.Random(seed))) == text
+
+
+def test_cut_points_are_uniform_over_the_characters():
+    rng = random.Random(0)
+    points: Counter[int] = Counter()
+    n = 20_000
+    for _ in range(n):
+        prefix, middle, _ = split_three("0123456789", rng)
+        points.update([len(prefix), len(prefix) + len(middle)])
+    assert sorted(points) == list(range(11))  # both ends too: any part may be empty
+    chi_square = sum((points[i] - 2 * n / 11) ** 2 / (2 * n / 11) for i in range(11))
+    assert chi_square < 29.6  # 10 degrees of freedom, one in a thousand
+
+
+def test_cut_points_are_independent():
+    rng = random.Random(0)
+    middles = Counter(len(split_three("01", rng)[1]) for _ in range(9000))
+    # Of nine equal pairs of points three coincide, four are neighbours, two are apart.
+    assert middles[0] / 9000 == pytest.approx(3 / 9, abs=0.02)
+    assert middles[1] / 9000 == pytest.approx(4 / 9, abs=0.02)
+
+
+@given(text=TEXTS, seed=st.integers())
+def test_transformed_document_is_the_document(small_tokenizer, text, seed):
+    ids = transform(small_tokenizer, text, random.Random(seed), 1.0, 0.5)
+    assert ids is not None
+    before, suffix = parts_of(small_tokenizer, ids)
+    assert before + suffix == text
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What was drawn for each of many documents: None, or whether the suffix comes first."""
+    monkeypatch.setattr(fim, "infilling_example", lambda *arguments: arguments[-1])
+
+    def draw(fim_rate, spm_share, n):
+        rngs = map(random.Random, range(n))
+        return [transform(None, "def f(): pass", rng, fim_rate, spm_share) for rng in rngs]
+
+    return draw
+
+
+def test_rates(drawn):
+    kinds = Counter(drawn(0.9, 0.5, 4000))
+    # Five standard deviations.
+    assert kinds[None] / 4000 == pytest.approx(0.1, abs=0.024)
+    assert kinds[True] / (kinds[True] + kinds[False]) == pytest.approx(0.5, abs=0.042)
+
+
+def test_rates_at_their_ends(drawn):
+    assert set(drawn(0, 0.5, 50)) == {None}
+    assert set(drawn(1, 0, 50)) == {False}
+    assert set(drawn(1, 1, 50)) == {True}
+
+
+def test_a_changed_rate_keeps_the_cut_points(small_tokenizer):
+    for seed in range(50):
+        some, every = (
+            transform(small_tokenizer, "a = [1, 2, 3]", random.Random(seed), rate, 0.5)
+            for rate in (0.5, 1.0)
+        )
+        assert some in (None, every)
+
+
+def test_same_seed_same_split(small_tokenizer):
+    def draw(name):
+        return transform(small_tokenizer, "a = [1, 2, 3]\n" * 9, random.Random(name), 1, 0.5)
+
+    assert draw("0/1/abc/0") == draw("0/1/abc/0")
+    assert draw("0/1/abc/0") != draw("0/2/abc/0")
+
+
+# -- documents in parts -----------------------------------------------------------------------
+
+LINES = [
+    "x = 1",
+    "def f(a):",
+    "    return a",
+    "@wrapped",
+    "@other(",
+    "    1,",
+    ")",
+    "class C:",
+    "# a remark",
+    "try:",
+    "except E:",
+    "else:",
+    '"""',
+    "",
+    "    ",
+    "elif_not = 2",
+]
+
+
+@given(
+    st.one_of(TEXTS, st.lists(st.sampled_from(LINES), max_size=40).map("\n".join)),
+    st.one_of(st.none(), st.integers(1, 80)),
+)
+def test_parts_of_a_document_join_to_it(text, max_chars):
+    parts = split_document(text, max_chars)
+    assert "".join(parts) == text
+    assert all(parts) or parts == [""]
+
+
+def test_short_documents_and_no_limit():
+    text = "x = 1\ny = 2\n"
+    assert split_document(text, len(text)) == [text]
+    assert split_document(text, None) == [text]
+    assert split_document(text, len(text) - 1) == ["x = 1\n", "y = 2\n"]
+
+
+def test_parts_are_filled_up():
+    text = "".join(f"x{i} = {i}\n" for i in range(10))  # 7 characters each
+    assert [len(part) for part in split_document(text, 21)] == [21, 21, 21, 7]
+
+
+def test_text_without_any_statement_stays_whole():
+    text = "    indented\n" * 20
+    assert split_document(text, 30) == [text]
+    assert split_document('"""' + text, 30) == ['"""' + text]
+
+
+def test_what_belongs_together_stays_together():
+    function = "@first\n@second(\n    1,\n)\n# why\ndef f():\n    return 1\n\n\n"
+    statement = "try:\n    import a\nexcept E:\n    a = 0\nelse:\n    b = 1\nfinally:\n    c = 2\n"
+    condition = "if a:\n    pass\nelif b:\n    pass\nelse:\n    pass\n"
+    units = [function, statement, condition, "# note\n", "elsewhere = 1\n", "finally_ = 2\n"]
+    assert split_document("".join(units), 1) == [*units[:3], "# note\nelsewhere = 1\n", units[5]]
+    # A decorated function that would go over the limit is cut off before its decorator.
+    assert split_document(condition + function, len(function)) == [condition, function]
+
+
+def test_parts_of_real_modules_are_programs(stdlib_sources):
+    """Column 0 inside a string is taken for a statement: allowed, but rare."""
+    n_parts = n_programs = 0
+    for text in stdlib_sources:
+        for part in split_document(text, 2400):
+            n_parts += 1
+            try:
+                ast.parse(part)
+            except SyntaxError:
+                continue
+            n_programs += 1
+    assert n_parts > 200
+    assert n_programs / n_parts > 0.9
+
+
+def test_parts_of_real_modules_keep_to_the_limit(stdlib_sources):
+    parts = [part for text in stdlib_sources for part in split_document(text, 2400)]
+    assert sum(len(part) <= 2400 for part in parts) / len(parts) > 0.6
+    # Longer ones are single statements, mostly classes.
+    assert all(split_document(part, 1) == [part] for part in parts if len(part) > 2400)
