@@ -19,6 +19,7 @@ NEXT = """Try next:
   .venv/bin/codellama complete 'def fibonacci(n):'
   .venv/bin/codellama infill 'def add(a, b):<FILL_ME>print(add(1, 2))'
   .venv/bin/codellama complete 'import os' --temperature 0.8 --n 3 --seed 1 --json
+  .venv/bin/codellama chat
   .venv/bin/codellama run recipes/tiny.toml       # train this model yourself
   make test"""
 
@@ -33,10 +34,11 @@ def show(engine: Engine) -> None:
     filled = engine.infill([GAP], SamplingParams(max_tokens=48))[0]
     duration_s = time.perf_counter() - begin
     console.print("\n[bold]A function completed[/bold] (new text in green)\n")
-    console.print(Text(COMPLETION, "dim") + Text(completed.text, "bold green"))
+    console.print(Text(COMPLETION, "dim") + Text(completed.text, "bold green"), soft_wrap=True)
     console.print("\n[bold]A gap filled[/bold] between a prefix and a suffix\n")
     prefix, suffix = GAP
-    console.print(Text(prefix, "dim") + Text(filled.text, "bold green") + Text(suffix, "dim"))
+    whole = Text(prefix, "dim") + Text(filled.text, "bold green") + Text(suffix, "dim")
+    console.print(whole, soft_wrap=True)
     n_tokens = len(completed.token_ids) + len(filled.token_ids)
     console.print(f"{n_tokens / duration_s:,.0f} tokens per second, one at a time\n")
-    console.print(NEXT, markup=False)
+    print(NEXT)

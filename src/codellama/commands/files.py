@@ -1,0 +1,63 @@
+"""Commands on files: convert and inspect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from codellama import terminal
+from codellama.commands.options import Format, Json
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Any model: folder, .gguf file or hub name.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="The folder or .gguf file to write.")
+    ],
+    to: Annotated[
+        Format,
+        typer.Option(
+            metavar="|".join(Format), help="Hugging Face folder, Meta folder or GGUF file."
+        ),
+    ],
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; as it is by default.")
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="q8_0 or q4_0, for GGUF.")] = None,
+    shards: Annotated[int, typer.Option(min=1, help="Model-parallel files, for Meta.")] = 1,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DST once the new one is whole.")
+    ] = False,
+) -> None:
+    """Write a model in another format, tensor by tensor, whole or not at all."""
+    from codellama import weights
+
+    with terminal.byte_progress("converting") as progress:
+        print(
+            weights.convert(
+                source,
+                target,
+                to=to.value,
+                dtype=dtype,
+                quantize=quantize,
+                n_shards=shards,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        )
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="A model in any format, a corpus, or a run.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a folder or file is: shape and needs of a model, counts of a corpus or a run."""
+    from codellama.inspection import as_lines, inspect_path
+
+    facts = inspect_path(path)
+    print(json.dumps(facts) if as_json else as_lines(facts))
