@@ -55,10 +55,8 @@ class LaneState(NamedTuple):
 
     turn: int = 0
     """How many documents the lane has finished."""
-    part: int = 0
-    """Which part of the current document, when documents are split."""
     offset: int = 0
-    """How many tokens of that part are already handed out; only a cut part has an offset."""
+    """How many tokens of the current document are handed out; only a cut one has an offset."""
 
 
 class PackedSequence(NamedTuple):
@@ -91,11 +89,9 @@ class Lane:
         self.lane = lane
         self.n_lanes = n_lanes
         self.state = state or LaneState()
-        self._parts: list[str] = []
-        self._parts_turn = -1
-        self._cut: list[int] = []  # ids of the part that `offset` points into
+        self._cut: list[int] = []  # ids of the document that `offset` points into
         if self.state.offset:
-            self._cut = self._plain_ids(self._part())
+            self._cut = self._plain_ids(self._document()[1])
 
     def next_sequence(self) -> PackedSequence:
         """Pack the next `seq_len` tokens and move the state behind them."""
@@ -121,24 +117,21 @@ class Lane:
         return row
 
     def _advance(self, ids: list[int], taken: int) -> None:
-        """Move the state behind `taken` of the ids that were left of the current part."""
-        turn, part, offset = self.state
+        """Move the state behind `taken` of the ids that were left of the current document."""
+        turn, offset = self.state
         if taken < len(ids):
             self._cut = self._cut or ids
-            self.state = LaneState(turn, part, offset + taken)
-            return
-        self._cut = []
-        is_last = part + 1 >= len(self._parts)
-        self.state = LaneState(turn + 1) if is_last else LaneState(turn, part + 1)
+            self.state = LaneState(turn, offset + taken)
+        else:
+            self._cut = []
+            self.state = LaneState(turn + 1)
 
     def _next_ids(self, n_remaining: int) -> list[int]:
-        """The ids of the part that the state stands before, transformed if it fits and is drawn."""
-        text = self._part()
+        """The ids of the document that is next, transformed if it fits and is drawn."""
+        name, text = self._document()
         ids = self._plain_ids(text)
         settings = self.settings
         if len(ids) <= n_remaining and settings.fim_rate > 0:
-            epoch, index = self._document()
-            name = f"{settings.seed}/{epoch}/{self.documents.sha256(index)}/{self.state.part}"
             middle_out = transform(
                 self.tokenizer, text, random.Random(name), settings.fim_rate, settings.spm_share
             )
@@ -149,21 +142,24 @@ class Lane:
     def _plain_ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, bos=True, eos=True)
 
-    def _part(self) -> str:
-        """The text of the current part of the current document."""
-        if self._parts_turn != self.state.turn:
-            _, index = self._document()
-            text = self.documents.text(index)
-            self._parts = split_document(text, self.settings.max_document_chars)
-            self._parts_turn = self.state.turn
-        return self._parts[self.state.part]
+    def _document(self) -> tuple[str, str]:
+        """(seed of its random draws, text) of the lane's current document.
 
-    def _document(self) -> tuple[int, int]:
-        """(epoch, index) of the lane's current document in the endless shuffled order."""
+        Of a document that is split, an epoch takes one part, the next epoch the next. All parts
+        at once would fill a lane with one file for many steps: gradients of neighbouring steps
+        would be alike, and validation suffers (docs/experiments.md).
+        """
+        settings = self.settings
         epoch, place = divmod(self.lane + self.state.turn * self.n_lanes, len(self.documents))
-        if not self.settings.shuffle:
-            return epoch, place
-        return epoch, int(_permutation(self.settings.seed, epoch, len(self.documents))[place])
+        index = place
+        if settings.shuffle:
+            index = int(_permutation(settings.seed, epoch, len(self.documents))[place])
+        name = f"{settings.seed}/{epoch}/{self.documents.sha256(index)}"
+        parts = split_document(self.documents.text(index), settings.max_document_chars)
+        first = random.Random(f"{settings.seed}/{self.documents.sha256(index)}").randrange(
+            len(parts)
+        )
+        return name, parts[(first + epoch) % len(parts)]
 
 
 @lru_cache(maxsize=4)  # the lanes of a worker can be in two epochs at once
