@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from loader_inputs import TextList, make_texts
 from test_fim import parts_of
 
+from codellama.data.fim import split_document
 from codellama.data.packing import Lane, LaneState, PackingSettings, lanes_of_rank
 
 TEXTS = make_texts(60)
@@ -157,17 +158,17 @@ def test_long_document_over_many_rows(small_tokenizer):
     assert documents == [small_tokenizer.encode(text, bos=True, eos=True)] * 2
 
 
-def test_parts_of_a_document_come_in_order(small_tokenizer):
+def test_each_epoch_takes_the_next_part_of_a_document(small_tokenizer):
     text = "".join(f"x{i} = {i}\n" for i in range(30))
+    parts = split_document(text, 20)
+    assert len(parts) > 10
     lane = make_lane(small_tokenizer, [text], seq_len=17, max_document_chars=20)
-    rows, _ = take(lane, 1)
-    documents = documents_of(rows, small_tokenizer)
-    joined = ""
-    for ids in documents:
-        if len(joined) < len(text):
-            joined += small_tokenizer.decode(ids)
-    assert joined == text
-    assert len(documents) > 10
+    rows, _ = take(lane, 2 * len(parts))
+    taken = [small_tokenizer.decode(ids) for ids in documents_of(rows, small_tokenizer)]
+    first = parts.index(taken[0])
+    assert first > 0, "every document would begin with its head"
+    turned = parts[first:] + parts[:first]
+    assert taken[: 2 * len(parts)] == turned * 2
 
 
 def test_empty_corpus_is_named(small_tokenizer):
