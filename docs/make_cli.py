@@ -44,7 +44,7 @@ def _section(name: str, command: Any) -> str:
     rows = [(f"`{_name(p)}`", p) for p in arguments]
     rows += [(f"`{_name_of_option(p)}`", p) for p in options]
     lines += ["| | | default |", "|---|---|---|"]
-    lines += [f"| {shown} | {p.help or ''} | {_default(p)} |" for shown, p in rows]
+    lines += [f"| {shown} | {(p.help or '').replace('<', '&lt;')} | {_default(p)} |" for shown, p in rows]
     return "\n".join([*lines, ""])
 
 
@@ -66,7 +66,8 @@ def _default(parameter: Any) -> str:
     if parameter.required:
         return "needed"
     value = getattr(parameter.default, "value", parameter.default)
-    return "" if value in (None, False, "", ()) else f"`{value}`"
+    is_unset = value is None or value is False or value == ""
+    return "" if is_unset else f"`{value}`"
 
 
 if __name__ == "__main__":

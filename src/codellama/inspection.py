@@ -1,13 +1,14 @@
 """What a path is: a model in any format, a corpus, a run or one of its states; as plain values.
 
 In: a folder, a file or a hub name. Out: a dictionary whose first key is `kind`, and the same as
-lines to read. The facts of a model come from `weights`; those of a corpus and a run from the
+lines to read. The facts of a model come from `describe`; those of a corpus and a run from the
 manifests and metrics that lie in their folders. Nothing is opened that these do not name.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,7 @@ def inspect_path(path: str) -> dict[str, Any]:
             return {"kind": "train-state", "step": manifest.get("step")}
     if (folder / RUN_RECORD).is_file() and not (folder / "config.json").exists():
         return _run(folder)
-    from codellama.weights import describe
-
-    return {"kind": "model", **describe(path)}
+    return _model(path)
 
 
 def as_lines(facts: dict[str, Any]) -> str:
@@ -41,15 +40,24 @@ def as_lines(facts: dict[str, Any]) -> str:
     return "\n".join(_lines(facts, ""))
 
 
-def _lines(facts: dict[str, Any], indent: str) -> list[str]:
+def _lines(facts: dict[str, Any], indent: str, in_bytes: bool = False) -> list[str]:
     width = max((len(str(name)) for name in facts), default=0)
     lines: list[str] = []
     for name, value in facts.items():
+        are_bytes = in_bytes or str(name).endswith("_bytes")
         if isinstance(value, dict) and value:
-            lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
+            lines += [f"{indent}{name}", *_lines(value, indent + "  ", are_bytes)]
         else:
-            lines.append(f"{indent}{name!s:{width}}  {_text(value)}")
+            shown = _size(value) if are_bytes and isinstance(value, int) else _text(value)
+            lines.append(f"{indent}{name!s:{width}}  {shown}")
     return lines
+
+
+def _size(n_bytes: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= factor:
+            return f"{n_bytes / factor:.3g} {unit}"
+    return f"{n_bytes} bytes"
 
 
 def _text(value: Any) -> str:
@@ -58,10 +66,36 @@ def _text(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.4g}"
+        return f"{value:,.10g}"
     if isinstance(value, list | tuple):
         return ", ".join(_text(part) for part in value) or "-"
     return "-" if value is None or value == {} else str(value)
+
+
+def _model(path: str) -> dict[str, Any]:
+    """Shape, abilities and needs of weights in any format; memory by precision and context."""
+    from codellama.describe import describe
+
+    found = describe(path)
+    return {
+        "kind": "model",
+        "path": str(found.path),
+        "format": found.kind,
+        "variants": list(found.variants),
+        "n_params": found.n_params,
+        "context": found.context,
+        "rope_theta": found.rope_theta,
+        "vocab_size": found.vocab_size,
+        "infilling": found.infilling,
+        "chat_format": found.chat_format,
+        "n_params_stored_as": found.precisions,
+        "file_bytes": found.file_bytes,
+        "shape": asdict(found.config),
+        "memory_bytes": {
+            precision: {f"context {context}": size for context, size in sizes.items()}
+            for precision, sizes in found.memory_bytes.items()
+        },
+    }
 
 
 def _corpus(manifest: dict[str, Any]) -> dict[str, Any]:
