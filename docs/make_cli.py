@@ -44,7 +44,7 @@ def _section(name: str, command: Any) -> str:
     rows = [(f"`{_name(p)}`", p) for p in arguments]
     rows += [(f"`{_name_of_option(p)}`", p) for p in options]
     lines += ["| | | default |", "|---|---|---|"]
-    lines += [f"| {shown} | {(p.help or '').replace('<', '&lt;')} | {_default(p)} |" for shown, p in rows]
+    lines += [f"| {shown} | {_help(p)} | {_default(p)} |" for shown, p in rows]
     return "\n".join([*lines, ""])
 
 
@@ -60,6 +60,10 @@ def _argument(parameter: Any) -> str:
 def _name_of_option(parameter: Any) -> str:
     shown = "" if parameter.is_flag else " " + (parameter.metavar or parameter.name.upper())
     return (parameter.opts[0] + shown).replace("|", "\\|")
+
+
+def _help(parameter: Any) -> str:
+    return (parameter.help or "").replace("<", "&lt;")
 
 
 def _default(parameter: Any) -> str:

@@ -67,7 +67,9 @@ def _options(
 def main() -> None:
     """The entry point: errors become one line and an exit code, never a traceback."""
     terminal.prepare_streams()
-    sys.exit(run_command(sys.argv[1:]))
+    code = run_command(sys.argv[1:])
+    terminal.finish_output()
+    sys.exit(code)
 
 
 def run_command(arguments: list[str]) -> int:
@@ -82,16 +84,13 @@ def run_command(arguments: list[str]) -> int:
     except _BadUsage as error:
         return _explain_usage(error)
     except BrokenPipeError:  # the reader of our output has what it wanted
-        terminal.discard_output()
         return 0
     except KeyboardInterrupt:
         if sys.stderr.isatty():
             print(file=sys.stderr)  # behind the ^C
-        terminal.discard_output()
         return 130
     except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
         terminal.say(_describe(error))
-        terminal.discard_output()  # a full disk would fail once more when the interpreter ends
         return 1
 
 

@@ -33,14 +33,17 @@ def prepare_streams() -> None:
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
 
 
-def discard_output() -> None:
-    """Send what is still to come to nowhere: the interpreter writes once more when it ends."""
+def finish_output() -> None:
+    """Flush standard output; what cannot be written goes nowhere.
+
+    The interpreter flushes once more when it ends, and would report the same failure again.
+    """
     try:
+        sys.stdout.flush()
+    except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-    except (OSError, ValueError):  # not a real file: nothing is flushed later
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def read_text(argument: str) -> str:
