@@ -2,11 +2,11 @@
 
     .venv/bin/python bench/train_step.py [--model tiny] [--seq-len 1024] [--batch 8] [--steps 8]
 
-Both train the same shape from the same weights on the same packed batch, bfloat16 autocast over
-float32 weights, fused AdamW, clipping; each in a process of its own, which also measures its peak
-memory. Both get the same documents, and Transformers its own fastest exact treatment of them
-(`eager` and `compile` are both run, attention is SDPA with the document mask). The runs alternate,
-and medians are taken over rounds. The last line of output is one JSON object.
+Both train the same shape from the same weights on the same packed batches, new documents of new
+lengths in every step, bfloat16 autocast over float32 weights, fused AdamW, clipping; each in a
+process of its own, which also measures its peak memory. Transformers is run eager and compiled, its
+attention is SDPA with the document mask. The runs alternate, and medians are taken over rounds. The
+last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,33 +31,32 @@ from codellama.train.loop import LossFunction
 from codellama.train.metrics import matrix_flops_per_s
 from codellama.train.optim import make_optimizer
 
+WARM_UP = 4
 WAYS = ("ours", "transformers_eager", "transformers_compiled")
-DOCUMENT_TOKENS = 600  # near the mean of the tiny recipe's documents
+CUTS = 2  # document borders in a row, drawn uniformly: 340 tokens a document on average at 1,024
 
 
-def make_batch(config: ModelConfig, n_rows: int, seq_len: int) -> Batch:
-    """Random tokens in documents of 600 tokens, the last of each row cut."""
-    generator = torch.Generator().manual_seed(0)
+def make_batch(config: ModelConfig, n_rows: int, seq_len: int, seed: int) -> Batch:
+    """Random tokens in documents of random lengths."""
+    generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, config.vocab_size, (n_rows, seq_len), generator=generator)
     place = torch.arange(seq_len).expand(n_rows, seq_len)
-    return Batch(
-        tokens,
-        tokens.roll(-1, dims=1),
-        torch.ones_like(tokens, dtype=torch.bool),
-        (place // DOCUMENT_TOKENS).contiguous(),
-        (place % DOCUMENT_TOKENS).contiguous(),
-    )
+    cuts = torch.randint(1, seq_len, (n_rows, CUTS), generator=generator)
+    document_ids = (place[:, :, None] >= cuts[:, None]).sum(-1)
+    starts = torch.where(place[:, :, None] >= cuts[:, None], cuts[:, None], 0).amax(-1)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    return Batch(tokens, tokens.roll(-1, dims=1), mask, document_ids, place - starts)
 
 
-def our_step(config: ModelConfig, stage: Stage, batch: Batch) -> Callable[[], float]:
+def our_step(config: ModelConfig, stage: Stage) -> Callable[[Batch], float]:
     """One optimiser step of ours."""
     model = Transformer(config)
     model.initialise(torch.Generator().manual_seed(0))
     optimizer = make_optimizer(model, stage)
     forward = LossFunction(model, stage)
-    weights = batch.loss_mask.float() / batch.loss_mask.sum()
 
-    def step() -> float:
+    def step(batch: Batch) -> float:
+        weights = batch.loss_mask.float() / batch.loss_mask.sum()
         loss = forward(batch, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -68,9 +67,7 @@ def our_step(config: ModelConfig, stage: Stage, batch: Batch) -> Callable[[], fl
     return step
 
 
-def their_step(
-    config: ModelConfig, stage: Stage, batch: Batch, is_compiled: bool
-) -> Callable[[], float]:
+def their_step(config: ModelConfig, stage: Stage, is_compiled: bool) -> Callable[[Batch], float]:
     """One optimiser step of Transformers' model in a plain loop."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -80,12 +77,12 @@ def their_step(
     ours.initialise(torch.Generator().manual_seed(0))
     model.load_state_dict(ours.state_dict())
     optimizer = make_optimizer(model, stage)
-    n = batch.tokens.shape[1]
-    same = batch.document_ids[:, :, None] == batch.document_ids[:, None, :]
-    mask = (same & torch.ones(n, n, dtype=torch.bool).tril())[:, None]
+    ordered = torch.ones(stage.seq_len, stage.seq_len, dtype=torch.bool).tril()
     run = torch.compile(model) if is_compiled else model
 
-    def step() -> float:
+    def step(batch: Batch) -> float:
+        same = batch.document_ids[:, :, None] == batch.document_ids[:, None, :]
+        mask = (same & ordered)[:, None]
         with torch.autocast("cpu", torch.bfloat16):
             logits = run(
                 input_ids=batch.tokens, attention_mask=mask, position_ids=batch.positions
@@ -112,17 +109,19 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
         batch_tokens=options.seq_len * options.batch,
         peak_lr=1e-4,
     )
-    batch = make_batch(config, options.batch, options.seq_len)
     if way == "ours":
-        step = our_step(config, stage, batch)
+        step = our_step(config, stage)
     else:
-        step = their_step(config, stage, batch, way.endswith("compiled"))
-    first_loss = step()
-    step()
+        step = their_step(config, stage, way.endswith("compiled"))
+    n_batches = options.steps + WARM_UP
+    batches = [make_batch(config, options.batch, options.seq_len, i) for i in range(n_batches)]
+    first_loss = step(batches[0])
+    for batch in batches[1:WARM_UP]:
+        step(batch)
     durations = []
-    for _ in range(options.steps):
+    for batch in batches[WARM_UP:]:
         begin = time.perf_counter()
-        loss = step()
+        loss = step(batch)
         durations.append(time.perf_counter() - begin)
     tokens_per_s = stage.batch_tokens / statistics.median(durations)
     peak = matrix_flops_per_s("cpu", torch.bfloat16)
