@@ -4,7 +4,7 @@
 
 The packages of the validation split take turns. A line is drawn out of a part of a document as
 training would see it (top-level statements, at most 2,400 characters). The model writes the line
-greedily; its first line must equal the removed one, both stripped of white space. Completing, left
+with its indentation, greedily; its first line must equal the removed one, both stripped of white space. Completing, left
 to right, the same model sees only what stands before the line. The last line of output is JSON.
 """
 
@@ -40,9 +40,8 @@ def draw_gaps(corpus: str, n_lines: int, seed: int = 0) -> list[tuple[str, str, 
             if not fitting or len(part) > 2400:
                 continue
             n = rng.choice(fitting)
-            indent = len(lines[n]) - len(lines[n].lstrip())
-            prefix = "".join(lines[:n]) + lines[n][:indent]
-            gaps.append((package, prefix, lines[n].strip(), "\n" + "".join(lines[n + 1 :])))
+            prefix, suffix = "".join(lines[:n]), "\n" + "".join(lines[n + 1 :])
+            gaps.append((package, prefix, lines[n].strip(), suffix))
     return gaps[:n_lines]
 
 
