@@ -4,8 +4,9 @@
 
 The packages of the validation split take turns. A line is drawn out of a part of a document as
 training would see it (top-level statements, at most 2,400 characters). The model writes the line
-with its indentation, greedily; its first line must equal the removed one, both stripped of white space. Completing, left
-to right, the same model sees only what stands before the line. The last line of output is JSON.
+with its indentation, greedily; its first line must equal the removed one, both stripped of white
+space. Completing, left to right, the same model sees only what stands before the line. The last
+line of output is JSON.
 """
 
 from __future__ import annotations
