@@ -106,16 +106,18 @@ def measure(what: str, source: Path, target: Path) -> dict[str, Any]:
     memory = Memory()
     start = time.perf_counter()
     result: dict[str, Any] = {}
+    model = None
     if what == "copy":
         copy_files(source, target)
-    elif what in ("gguf", "q8_0", "q4_0", "meta"):
-        options = {"quantize": what} if what.startswith("q") else {}
-        convert(source, target, "meta" if what == "meta" else "gguf", **options)
+    elif what in ("gguf", "meta"):
+        convert(source, target, what)
+    elif what in ("q8_0", "q4_0"):
+        convert(source, target, "gguf", quantize=what)
     else:
         model, _ = load(source, dtype=what)
     result["seconds"] = round(time.perf_counter() - start, 2)
     result |= memory.stop()
-    if what in ("bfloat16", "int8"):
+    if model is not None:
         tokens = torch.tensor([[1]])
         with torch.inference_mode():
             start = time.perf_counter()
