@@ -25,8 +25,11 @@ MIN_LINE_CHARS = 8  # shorter ones are brackets, else: and the like
 PARAMS = SamplingParams(max_tokens=64)
 
 
-def draw_gaps(corpus: str, n_lines: int, seed: int = 0) -> list[tuple[str, str, str, str]]:
+def draw_gaps(
+    corpus: str, n_lines: int, engine: Engine, seed: int = 0
+) -> list[tuple[str, str, str, str]]:
     """(package, prefix, line, suffix) of lines spread evenly over packages."""
+    max_tokens = engine.max_context - PARAMS.max_tokens - 8  # room for the markers
     reader = corpus_documents(corpus, "validation")
     rng = random.Random(seed)
     by_package: dict[str, list[int]] = defaultdict(list)
@@ -38,7 +41,7 @@ def draw_gaps(corpus: str, n_lines: int, seed: int = 0) -> list[tuple[str, str, 
             part = rng.choice(split_document(reader.text(rng.choice(indices)), 2400))
             lines = part.splitlines(keepends=True)
             fitting = [n for n, line in enumerate(lines) if len(line.strip()) >= MIN_LINE_CHARS]
-            if not fitting or len(part) > 2400:
+            if not fitting or len(engine.tokenizer.encode(part)) > max_tokens:
                 continue
             n = rng.choice(fitting)
             prefix, suffix = "".join(lines[:n]), "\n" + "".join(lines[n + 1 :])
@@ -53,8 +56,8 @@ def main() -> None:
     parser.add_argument("--corpus", default="work/tiny/corpus")
     parser.add_argument("--lines", type=int, default=500)
     options = parser.parse_args()
-    gaps = draw_gaps(options.corpus, options.lines)
     engine = Engine(options.model)
+    gaps = draw_gaps(options.corpus, options.lines, engine)
     begin = time.perf_counter()
     around = [(prefix, suffix) for _, prefix, _, suffix in gaps]
     results = {

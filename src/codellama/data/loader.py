@@ -70,7 +70,7 @@ class Loader:
         self._own = list(lanes_of_rank(n_lanes, rank, world_size))
         self._n_workers = min(n_workers, len(self._own))
         self._states = [LaneState()] * n_lanes
-        self._workers: list[tuple[Any, Connection]] = []
+        self._workers: list[tuple[Any, Any]] = []
         # Also when the loader is never closed: at exit Python would send the workers a SIGTERM,
         # which they do not see, and wait for them.
         Finalize(self, _end, (self._workers,), exitpriority=10)
