@@ -1,0 +1,133 @@
+"""Trains in child processes that are killed, stopped or hindered as asked.
+
+    stdin: lines of {"recipe", "overrides", "n_workers", and what shall happen}
+    stdout: for each a line {"code": exit status or minus the signal, "seconds", "log"}
+
+A child is forked from this process, which has imported everything and run nothing: the same as a
+new start, only faster.
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+
+if __name__ == "__main__":
+    import matplotlib.pyplot  # noqa: F401  a second for each child otherwise
+    import torch
+
+    from codellama.recipe import load_recipe
+    from codellama.train import TrainingStopped, loop, state, train
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def on_call(module, name, number, action) -> None:
+    """Do something instead of the n-th call of a function, counted from 1."""
+    original = getattr(module, name)
+    count = 0
+
+    def counted(*arguments, **options):
+        nonlocal count
+        count += 1
+        return (action if count == number else original)(*arguments, **options)
+
+    setattr(module, name, counted)
+
+
+def hinder(request: dict) -> None:
+    """Arrange what shall happen in this process."""
+    if not request.get("measure_rate"):
+        loop.matrix_flops_per_s = lambda *_: 1e9
+    save_file = state.save_file
+
+    def kill_while_writing(tensors, path):
+        save_file(tensors, path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        kill_self()
+
+    def no_space(tensors, path):
+        path.write_bytes(b"part")
+        raise OSError(28, "No space left on device")
+
+    kills = {
+        "step": (torch.optim.AdamW, "step"),
+        "flush": (os, "fsync"),
+        "manifest": (state, "write_manifest"),
+        "delete": (state.shutil, "rmtree"),
+        "checkpoint": (loop, "save_checkpoint"),
+    }
+    match request.get("kill"):
+        case ["write", number]:
+            on_call(state, "save_file", number, kill_while_writing)
+        case [where, number]:
+            on_call(*kills[where], number, lambda *_, **__: kill_self())
+    if number := request.get("no_space_at_save"):
+        on_call(state, "save_file", number, no_space)
+    if found := request.get("signal_at_step"):
+        number, at = found
+        step = torch.optim.AdamW.step
+
+        def signalled(self, *arguments):
+            step(self, *arguments)
+            os.kill(os.getpid(), number)
+
+        on_call(torch.optim.AdamW, "step", at, signalled)
+    clip = torch.nn.utils.clip_grad_norm_
+    calls = 0
+
+    def spoiled(parameters, limit):
+        nonlocal calls
+        calls += 1
+        parameters = list(parameters)
+        if calls in request.get("nan_steps", ()):
+            parameters[3].grad[0, 0] = float(request.get("instead", "nan"))
+        return clip(parameters, limit)
+
+    torch.nn.utils.clip_grad_norm_ = spoiled
+
+
+def run_child(request: dict) -> None:
+    recipe = load_recipe(request["recipe"], request.get("overrides", ()))
+    hinder(request)
+    try:
+        train(recipe, request.get("stage", "code"), n_workers=request.get("n_workers", 0))
+    except TrainingStopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        code = 7
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    else:
+        code = 0
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        with tempfile.TemporaryFile() as log:
+            begin = time.perf_counter()
+            child = os.fork()
+            if child == 0:
+                os.dup2(log.fileno(), 2)
+                run_child(request)
+            if "kill_after_s" in request:
+                time.sleep(request["kill_after_s"])
+                os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            seconds = time.perf_counter() - begin
+            log.seek(0)
+            text = log.read().decode()
+        code = os.waitstatus_to_exitcode(status)
+        print(json.dumps({"code": code, "seconds": seconds, "log": text}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,461 @@
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from projects import make_project, training_rows
+from safetensors.torch import load_file
+
+from codellama.data.loader import Batch
+from codellama.model.attention import causal
+from codellama.model.checkpoint import load_checkpoint
+from codellama.model.config import ModelConfig
+from codellama.model.transformer import Transformer
+from codellama.recipe import load_recipe
+from codellama.tokenizer import Tokenizer
+from codellama.train import loop, train
+from codellama.train.loop import LossFunction
+
+GOLDEN = Path(__file__).parent / "golden_loss.json"
+BFLOAT16 = ["stages.code.dtype=bfloat16"]
+
+
+def weights(work, stage="code"):
+    return (work / "runs" / stage / "checkpoint" / "model.safetensors").read_bytes()
+
+
+def last_state(work):
+    return max((work / "runs" / "code" / "states").iterdir())
+
+
+def losses(work):
+    return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in training_rows(work)]
+
+
+def assert_same_run(work, unbroken):
+    assert losses(work) == losses(unbroken)
+    assert weights(work) == weights(unbroken)
+    for name in ("tensors.safetensors", "manifest.json"):
+        assert (last_state(work) / name).read_bytes() == (last_state(unbroken) / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def unbroken(run_in_children, tmp_path_factory):
+    """A whole run, float32."""
+    work = tmp_path_factory.mktemp("unbroken")
+    make_project(work)
+    (result,) = run_in_children(work, {"measure_rate": True})
+    assert result["code"] == 0, result["log"]
+    return work
+
+
+@pytest.fixture
+def work(tmp_path):
+    make_project(tmp_path)
+    return tmp_path
+
+
+def test_run_folder(unbroken):
+    run = unbroken / "runs" / "code"
+    assert {path.name for path in run.iterdir()} == {
+        *("recipe.json", "metrics.jsonl", "loss.png", "states", "checkpoint", "lock"),
+    }
+    assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [path.name for path in sorted((run / "states").iterdir())] == [
+        *("step-00000021", "step-00000024"),
+    ]
+    assert {path.name for path in (run / "checkpoint").iterdir()} >= {
+        *("config.json", "model.safetensors", "tokenizer.model", "tokenizer.json"),
+    }
+    record = json.loads((run / "recipe.json").read_text())
+    assert record["settings"]["peak_lr"] == 1e-2
+
+
+def test_metrics(unbroken):
+    rows = training_rows(unbroken)
+    assert [row["step"] for row in rows] == list(range(1, 25))
+    for row in rows:
+        assert row["tokens"] == row["step"] * 512
+        assert row["tokens_per_s"] > 0
+        assert 0 < row["mfu"] < 1
+        assert 0 <= row["stall_share"] <= 1
+        assert row["skipped"] is False
+    lines = (unbroken / "runs" / "code" / "metrics.jsonl").read_text().splitlines()
+    validations = [row for row in map(json.loads, lines) if "validation_loss" in row]
+    assert [row["step"] for row in validations] == [10, 20, 24]
+    assert validations[-1]["validation_bits_per_byte"] < validations[0]["validation_bits_per_byte"]
+
+
+def test_loss_goes_down(unbroken):
+    rows = training_rows(unbroken)
+    assert rows[0]["loss"] == pytest.approx(math.log(353), abs=0.1)  # guessing
+    assert rows[-1]["loss"] < rows[0]["loss"] - 2
+
+
+def test_learning_rate_is_that_of_the_schedule(unbroken):
+    rates = [row["lr"] for row in training_rows(unbroken)]
+    assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    assert rates[-1] == pytest.approx(0.01 / 30)
+
+
+def test_golden_losses(unbroken):
+    """To write the file anew after a change that is meant: CODELLAMA_WRITE_GOLDEN=1."""
+    found = [row["loss"] for row in training_rows(unbroken)[:20]]
+    if os.environ.get("CODELLAMA_WRITE_GOLDEN"):
+        GOLDEN.write_text(json.dumps([round(loss, 6) for loss in found]) + "\n")
+    assert found == pytest.approx(json.loads(GOLDEN.read_text()), abs=1e-4)
+
+
+def test_checkpoint_is_the_last_state(unbroken):
+    state = load_file(last_state(unbroken) / "tensors.safetensors")
+    model = load_checkpoint(unbroken / "runs" / "code" / "checkpoint", dtype=None)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[f"model.{name}"]), name
+    assert model.config.max_position_embeddings == 64
+
+
+def test_finished_stage_is_kept(run_in_children, unbroken):
+    before = weights(unbroken)
+    (result,) = run_in_children(unbroken, {})
+    assert result["code"] == 0
+    assert "already trained" in result["log"]
+    assert weights(unbroken) == before
+
+
+def test_same_losses_for_any_workers_and_micro_batches(run_in_children, unbroken, work):
+    overrides = ["stages.code.micro_batch=2", "stages.code.save_every=100"]
+    (result,) = run_in_children(work, {"overrides": overrides, "n_workers": 2})
+    assert result["code"] == 0, result["log"]
+    ours, theirs = ([row["loss"] for row in training_rows(w)] for w in (work, unbroken))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+# -- kills ------------------------------------------------------------------------------------
+
+KILLS = [
+    ["step", 2],  # before the first state
+    ["write", 1],  # half of the first state written
+    ["flush", 6],
+    ["manifest", 2],
+    ["step", 5],
+    ["flush", 11],
+    ["delete", 4],  # the new state is there, old ones not yet deleted
+    ["write", 2],
+    ["checkpoint", 1],  # everything is trained
+    ["flush", 5],
+]
+
+
+@pytest.mark.parametrize("overrides", [[], BFLOAT16], ids=["float32", "bfloat16"])
+def test_killed_run_ends_as_the_unbroken_one(
+    run_in_children, unbroken, work, overrides, tmp_path_factory
+):
+    if overrides:
+        unbroken = tmp_path_factory.mktemp("bfloat16")
+        make_project(unbroken)
+        (result,) = run_in_children(unbroken, {"overrides": overrides})
+        assert result["code"] == 0, result["log"]
+    kills = [{"kill": kill, "overrides": overrides} for kill in KILLS]
+    *killed, last = run_in_children(work, *kills, {"overrides": overrides})
+    assert sum(result["code"] == -signal.SIGKILL for result in killed) >= 8, killed
+    assert last["code"] == 0, last["log"]
+    assert_same_run(work, unbroken)
+    left_over = [p for p in (work / "runs").rglob(".*.tmp") if "checkpoint" not in p.name]
+    assert left_over == []
+
+
+def test_killed_at_random_moments(run_in_children, unbroken, work):
+    moments = random.Random(0)
+    (whole,) = run_in_children(work, {"stage": "code"})
+    shutil.rmtree(work / "runs")
+    kills = [{"kill_after_s": moments.uniform(0, 0.7) * whole["seconds"]} for _ in range(8)]
+    *killed, last = run_in_children(work, *kills, {})
+    assert sum(result["code"] == -signal.SIGKILL for result in killed) >= 4
+    assert last["code"] == 0, last["log"]
+    assert_same_run(work, unbroken)
+
+
+def test_kill_behind_the_last_state(run_in_children, unbroken, work):
+    """Nothing is left to train; the checkpoint is still written."""
+    killed, last = run_in_children(work, {"kill": ["checkpoint", 1]}, {})
+    assert killed["code"] == -signal.SIGKILL
+    assert "resumed at step 24" in last["log"]
+    assert_same_run(work, unbroken)
+
+
+def test_run_resumes_with_workers(run_in_children, unbroken, work):
+    killed, last = run_in_children(work, {"kill": ["step", 10], "n_workers": 2}, {"n_workers": 1})
+    assert (killed["code"], last["code"]) == (-signal.SIGKILL, 0), last["log"]
+    assert_same_run(work, unbroken)
+
+
+def test_damaged_state_is_passed_over(run_in_children, unbroken, work):
+    killed, *_ = run_in_children(work, {"kill": ["step", 14]})
+    assert killed["code"] == -signal.SIGKILL
+    path = last_state(work) / "tensors.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+    (last,) = run_in_children(work, {})
+    assert "damaged" in last["log"]
+    assert "resumed at step 9" in last["log"]
+    assert_same_run(work, unbroken)
+
+
+# -- stopping ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_stops(run_in_children, unbroken, work, number):
+    (stopped,) = run_in_children(work, {"signal_at_step": [int(number), 7]})
+    assert stopped["code"] == 7
+    assert "stopped at step 7 of 24; the same command continues" in stopped["log"]
+    assert not (work / "runs" / "code" / "checkpoint").exists()
+    (last,) = run_in_children(work, {})
+    assert last["code"] == 0
+    assert "resumed at step 7" in last["log"]
+    assert_same_run(work, unbroken)
+
+
+def test_signal_at_the_last_step_finishes(run_in_children, work, unbroken):
+    (result,) = run_in_children(work, {"signal_at_step": [int(signal.SIGTERM), 24]})
+    assert result["code"] == 0
+    assert_same_run(work, unbroken)
+
+
+def test_second_trainer_is_refused(run_in_children, work):
+    recipe = load_recipe(work / "recipe.toml")
+    run_dir = recipe.run_dir("code")
+    run_dir.mkdir(parents=True)
+    with loop._only_trainer(run_dir):
+        (result,) = run_in_children(work, {})
+    assert result["code"] == 1
+    assert f"is being trained by process {os.getpid()} on " in result["log"]
+    assert not (run_dir / "metrics.jsonl").exists()
+    (result,) = run_in_children(work, {"kill": ["step", 1]})  # the lock went with its holder
+    assert result["code"] == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("stages.code.peak_lr=2e-2", "settings.peak_lr"),
+        ("stages.code.steps=30", "settings.steps"),
+        ("stages.code.seed=1", "settings.seed"),
+        ("stages.code.dtype=bfloat16", "settings.dtype"),
+        ("model.overrides.hidden_size=64", "model.overrides"),
+    ],
+)
+def test_other_settings_are_refused(unbroken, override, named):
+    recipe = load_recipe(unbroken / "recipe.toml", [override])
+    with pytest.raises(ValueError, match=f"holds a run with another '{named}'"):
+        train(recipe, "code", n_workers=0)
+
+
+def test_other_inputs_are_refused(unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "copy")
+    recipe = load_recipe(unbroken / "recipe.toml", [f'work="{tmp_path / "copy"}"'])
+    train(recipe, "code", n_workers=0)
+    tokenizer = tmp_path / "copy" / "tokenizer" / "tokenizer.model"
+    tokenizer.write_bytes(tokenizer.read_bytes() + b"\x1a\x00")
+    with pytest.raises(ValueError, match="another 'tokenizer_sha256'"):
+        train(recipe, "code", n_workers=0)
+    manifest = tmp_path / "copy" / "corpus" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"fingerprint": "0"}))
+    with pytest.raises(ValueError, match="another 'corpus_fingerprint'"):
+        train(recipe, "code", n_workers=0)
+    (tmp_path / "copy" / "runs" / "code" / "recipe.json").write_text('{"stage": "co')
+    with pytest.raises(ValueError, match=r"recipe\.json: damaged"):
+        train(recipe, "code", n_workers=0)
+
+
+def test_failed_start_does_not_hold_the_folder(run_in_children, work):
+    wrong = load_recipe(work / "recipe.toml", ["model.overrides.vocab_size=100"])
+    with pytest.raises(ValueError, match="vocab_size 100, the tokenizer 353"):
+        train(wrong, "code", n_workers=0)
+    (result,) = run_in_children(work, {"kill": ["step", 1]})
+    assert result["code"] == -signal.SIGKILL  # it began
+
+
+def test_missing_inputs_are_named(work):
+    recipe = load_recipe(work / "recipe.toml")
+    with pytest.raises(ValueError, match="no stage 'x'"):
+        train(recipe, "x")
+    shutil.rmtree(work / "tokenizer")
+    with pytest.raises(ValueError, match="tokenizer: not a tokenizer folder"):
+        train(recipe, "code", n_workers=0)
+    shutil.rmtree(work / "corpus")
+    with pytest.raises(ValueError, match=r"corpus: no such folder"):
+        train(recipe, "code", n_workers=0)
+
+
+# -- faults -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("instead", ["nan", "inf"])
+def test_step_without_finite_gradient_is_skipped(run_in_children, work, instead):
+    request = {"nan_steps": [5, 6], "instead": instead, "signal_at_step": [int(signal.SIGTERM), 4]}
+    overrides = ["stages.code.save_every=1", "stages.code.keep_states=30"]
+    # The optimiser is not called in steps 5 and 6: stopped behind step 4, then gone on.
+    stopped, last = run_in_children(
+        work, {**request, "overrides": overrides}, {"nan_steps": [1, 2], "overrides": overrides}
+    )
+    assert (stopped["code"], last["code"]) == (7, 0), last["log"]
+    rows = training_rows(work)
+    assert [row["step"] for row in rows if row["skipped"]] == [5, 6]
+    assert rows[4]["grad_norm"] is None  # NaN is no JSON
+    assert "step 5 skipped" in last["log"]
+    states = work / "runs" / "code" / "states"
+    before, between, after, later = (
+        load_file(states / f"step-{step:08d}" / "tensors.safetensors") for step in (4, 5, 6, 7)
+    )
+    for name in before:
+        assert torch.equal(before[name], between[name])
+        assert torch.equal(before[name], after[name])
+    assert not torch.equal(after["model.lm_head.weight"], later["model.lm_head.weight"])
+    assert all(torch.isfinite(tensor).all() for tensor in later.values())
+
+
+def test_run_stops_when_no_gradient_is_finite(run_in_children, work):
+    (result,) = run_in_children(work, {"nan_steps": list(range(4, 40))})
+    assert result["code"] == 1
+    assert "10 steps in a row without a finite gradient" in result["log"]
+    assert len(training_rows(work)) == 12
+    state = load_file(last_state(work) / "tensors.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+def test_run_that_skipped_all_its_steps_resumes(run_in_children, work):
+    killed, last = run_in_children(
+        work, {"nan_steps": [1, 2, 3, 4], "kill": ["step", 2]}, {"kill": ["step", 3]}
+    )
+    assert killed["code"] == -signal.SIGKILL
+    assert "resumed at step 3" in last["log"]
+    assert last["code"] == -signal.SIGKILL
+
+
+def test_full_disk_does_not_end_the_run(run_in_children, unbroken, work):
+    (result,) = run_in_children(work, {"no_space_at_save": 3})
+    assert result["code"] == 0
+    assert "warning: train state of step 9 not saved" in result["log"]
+    assert_same_run(work, unbroken)
+    assert list((work / "runs" / "code" / "states").glob(".*")) == []
+
+
+def test_corpus_without_held_out_documents(run_in_children, work):
+    from projects import make_texts, write_corpus
+
+    write_corpus(work / "corpus", make_texts(60, 0), [])
+    (result,) = run_in_children(work, {})
+    assert result["code"] == 0, result["log"]
+    assert "no validation" in result["log"]
+
+
+# -- stages -----------------------------------------------------------------------------------
+
+
+def test_second_stage_starts_from_the_first(run_in_children, unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "copy")
+    text = (unbroken / "recipe.toml").read_text().replace(str(unbroken), str(tmp_path / "copy"))
+    stage = text[text.index("[stages.code]") :].replace(
+        "[stages.code]", '[stages.long]\ninit = "code"'
+    )
+    long = stage.replace("steps = 24", "steps = 2").replace("seq_len = 64", "seq_len = 128")
+    (tmp_path / "copy" / "recipe.toml").write_text(f"{text}\n{long}rope_theta = 1e6\n")
+    (result,) = run_in_children(tmp_path / "copy", {"stage": "long"})
+    assert result["code"] == 0, result["log"]
+    config = load_checkpoint(tmp_path / "copy" / "runs" / "long" / "checkpoint").config
+    assert (config.rope_theta, config.max_position_embeddings) == (1e6, 128)
+    first = training_rows(tmp_path / "copy", "long")[0]
+    assert first["loss"] < training_rows(unbroken)[0]["loss"] - 1.5
+    shutil.rmtree(tmp_path / "copy" / "runs")
+    (result,) = run_in_children(tmp_path / "copy", {"stage": "long"})
+    assert result["code"] == 1
+    assert "stage 'code' comes first" in result["log"]
+
+
+# -- the loss function ------------------------------------------------------------------------
+
+
+def random_batch(n_rows=2, n_positions=48):
+    generator = torch.Generator().manual_seed(0)
+    tokens, targets = torch.randint(0, 97, (2, n_rows, n_positions), generator=generator)
+    ids = torch.arange(n_positions).div(20, rounding_mode="floor").expand(n_rows, -1)
+    positions = (torch.arange(n_positions) % 20).expand(n_rows, -1)
+    mask = torch.ones(n_rows, n_positions, dtype=torch.bool)
+    return Batch(tokens, targets, mask, ids.contiguous(), positions.contiguous())
+
+
+@pytest.fixture
+def model():
+    model = Transformer(ModelConfig(32, 2, 4, 2, 64, 97))
+    model.initialise(torch.Generator().manual_seed(0))
+    return model
+
+
+def stage_with(work, *overrides):
+    return load_recipe(work / "recipe.toml", overrides).stage("code")
+
+
+def test_without_a_document_mask_all_is_one_sequence(unbroken, model):
+    batch, weights = random_batch(), torch.rand(2, 48)
+    found = LossFunction(model, stage_with(unbroken, "stages.code.document_mask=false"))
+    logits = model(batch.tokens, attend=causal)
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.targets.flatten(), reduction="none"
+    )
+    torch.testing.assert_close(found(batch, weights), (expected * weights.flatten()).sum())
+
+
+@pytest.mark.parametrize("document_mask", ["true", "false"])
+def test_traced_loss_equals_the_plain_one(unbroken, model, document_mask, monkeypatch):
+    """All of torch.compile but the C++ compiler."""
+    batch, weights = random_batch(), torch.full((2, 48), 1 / 96)
+    options = [f"stages.code.document_mask={document_mask}"]
+    plain = LossFunction(model, stage_with(unbroken, *options))
+    expected = plain(batch, weights)
+    expected.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    compile_ = torch.compile
+    monkeypatch.setattr(loop, "can_compile", lambda: True)
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compile_(f, backend="aot_eager", **options)
+    )
+    traced = LossFunction(model, stage_with(unbroken, *options, "stages.code.compile=true"))
+    found = traced(batch, weights)
+    found.backward()
+    torch.testing.assert_close(found, expected)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not loop.can_compile(), reason="needs a C++ compiler")
+def test_compiled_run(run_in_children, unbroken, work):
+    overrides = ["stages.code.compile=true", "stages.code.steps=6", "stages.code.validate_every=99"]
+    killed, last = run_in_children(
+        work, {"overrides": overrides, "kill": ["step", 5]}, {"overrides": overrides}
+    )
+    assert (killed["code"], last["code"]) == (-signal.SIGKILL, 0), last["log"]
+    # The schedule is that of 6 steps, so only the start is the same.
+    ours, theirs = ([row["loss"] for row in training_rows(w)[:4]] for w in (work, unbroken))
+    assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def test_checkpoint_tokenizes_like_the_project(unbroken):
+    theirs = Tokenizer.load(unbroken / "runs" / "code" / "checkpoint")
+    ours = Tokenizer.load(unbroken / "tokenizer")
+    assert theirs.file.pieces == ours.file.pieces
+
+
+def test_matrix_rate_is_measured_soon():
+    begin = time.perf_counter()
+    assert loop.matrix_flops_per_s("cpu", torch.float32, 256) > 1e6
+    assert time.perf_counter() - begin < 30
