@@ -1,5 +1,6 @@
 """All formats hold the same model, and other implementations read the same from them."""
 
+import json
 import shutil
 
 import pytest
@@ -165,6 +166,39 @@ def test_a_tokenizer_of_another_model(folder, tmp_path):
     (other / "tokenizer.model").write_bytes(small_vocabulary(392).file.to_bytes())
     with pytest.raises(ValueError, match=r"392 pieces.*400 rows"):
         load(other)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("vocab_size", 2**62, "vocab_size"),  # found by fuzzing: sizes overflowed
+        ("num_hidden_layers", 10**7, "asks for 10000000 layers"),
+        ("intermediate_size", 10**30, "intermediate_size"),
+        ("hidden_size", 1.5, "whole number"),
+        ("rope_parameters", {"rope_theta": float("inf")}, "rope_theta"),
+    ],
+)
+def test_absurd_configurations(folder, tmp_path, key, value, message):
+    bad = shutil.copytree(folder, tmp_path / "bad")
+    values = json.loads((bad / "config.json").read_text())
+    (bad / "config.json").write_text(json.dumps(values | {key: value}))
+    with pytest.raises(ValueError, match=message) as error:
+        load(bad)
+    assert str(bad) in str(error.value)
+
+
+@pytest.mark.parametrize("way", ["hf", "meta 2", "gguf"])
+def test_a_vocabulary_that_sentencepiece_refuses_is_named(tmp_path, way):
+    to, options = WAYS[way]
+    path = convert(write_folder(tmp_path / "source"), tmp_path / "bad", to, **options)
+    file = path if to == "gguf" else path / "tokenizer.model"
+    data = file.read_bytes()
+    marks = b"\x02" + bytes(7) if to == "gguf" else b"\n\x02"  # the length before the piece
+    assert marks + b"tt" in data
+    file.write_bytes(data.replace(marks + b"tt", marks + b"t\0"))  # found by fuzzing
+    with pytest.raises(ValueError, match="null character") as error:
+        load(path)
+    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -86,24 +86,26 @@ def load_tokenizer(weights: Weights, variant: str | None = None) -> Tokenizer:
         ValueError: it is missing or damaged, or does not match the embedding.
     """
     path, n_rows = weights.path, weights.config.vocab_size
-    variant = variant or named_variant(weights)
-    if weights.kind == "gguf":
-        try:
-            tokenizer = from_gguf(weights.extra)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    elif weights.kind == "meta" and "chat_format" in weights.extra:  # written by `convert`
-        file = ModelFile.read(path / "tokenizer.model")
-        known = weights.extra
-        tokenizer = Tokenizer(file, known["chat_format"], infilling=bool(known.get("infilling")))
-    else:
-        tokenizer = Tokenizer.load(path, variant)
+    try:
+        tokenizer = _read_tokenizer(weights, variant or named_variant(weights))
+    except ValueError as error:
+        raise ValueError(error if str(path) in str(error) else f"{path}: {error}") from None
     if tokenizer.vocab_size != n_rows:
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, but the embedding {n_rows} "
             "rows; they do not belong together"
         )
     return tokenizer
+
+
+def _read_tokenizer(weights: Weights, variant: str | None) -> Tokenizer:
+    known = weights.extra
+    if weights.kind == "gguf":
+        return from_gguf(known)
+    if weights.kind == "meta" and "chat_format" in known:  # written by `convert`
+        file = ModelFile.read(weights.path / "tokenizer.model")
+        return Tokenizer(file, known["chat_format"], infilling=bool(known.get("infilling")))
+    return Tokenizer.load(weights.path, variant)
 
 
 def named_variant(weights: Weights) -> str | None:

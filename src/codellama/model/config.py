@@ -14,6 +14,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+_MAX_DIMENSION = 1 << 24  # far above any model; sizes of damaged files stay computable
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -42,6 +44,8 @@ class ModelConfig:
                 raise ValueError(f"{field.name} = {value!r}: expected a positive number")
             if field.type == "int" and not isinstance(value, int):
                 raise ValueError(f"{field.name} = {value!r}: expected a whole number")
+            if field.type == "int" and value > _MAX_DIMENSION:
+                raise ValueError(f"{field.name} = {value!r}: expected at most {_MAX_DIMENSION}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size = {self.hidden_size} does not divide into an even width for each of "
