@@ -456,6 +456,16 @@ class Terminal:
     def type(self, text):
         os.write(self.file, text)
 
+    def interrupt_line(self, text, n_tries=20):
+        """Type a line and Ctrl-C, again where the prompt was not yet ready to take it."""
+        for _ in range(n_tries):
+            self.type(text + b"\x03")
+            try:
+                return self.wait_for(b"/exit leaves", timeout_s=10)
+            except AssertionError:
+                continue
+        raise AssertionError("Ctrl-C was not noticed")
+
     def close(self):
         """The exit code."""
         while True:
@@ -479,8 +489,7 @@ def test_chat_on_a_terminal(models):
         chat.type(b"\x03")
         chat.wait_for(b"(cancelled)")
         chat.wait_for(b"> ")
-        chat.type(b"half a li\x03")
-        chat.wait_for(b"/exit leaves")
+        chat.interrupt_line(b"half a li")
         chat.wait_for(b"> ")
         chat.type(b"/help\n")
         chat.wait_for(b"/system TEXT")
