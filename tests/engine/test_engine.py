@@ -207,3 +207,16 @@ def test_damaged_weights_are_reported(model, small_tokenizer):
     broken.model.norm.weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="not a number"):
         Engine.of(broken.requires_grad_(False), small_tokenizer).complete(["x"])
+
+
+def test_int8_weights_generate(model, small_tokenizer, tmp_path):
+    from codellama.model.checkpoint import save_checkpoint
+
+    save_checkpoint(
+        tmp_path / "m", model.config, model.state_dict(), write_more=small_tokenizer.save
+    )
+    params = SamplingParams(max_tokens=8)
+    integers = Engine(tmp_path / "m", dtype="int8").complete(PROMPTS, params)
+    halves = Engine(tmp_path / "m").complete(PROMPTS, params)
+    n_same = sum(a.token_ids[0] == b.token_ids[0] for a, b in zip(integers, halves, strict=True))
+    assert n_same >= 4

@@ -18,7 +18,7 @@ class Runner:
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
-        weight = model.lm_head.weight
+        weight = model.model.embed_tokens.weight  # lm_head may hold integers
         self._device = weight.device
         self.cache = KeyValueCache(model.config, str(weight.device), weight.dtype)
         self.sequences: list[Sequence] = []
