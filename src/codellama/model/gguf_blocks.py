@@ -119,7 +119,7 @@ FORMATS = {
 }
 BY_NAME = {form.name: form for form in FORMATS.values()}
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CHUNK_VALUES = 1 << 16  # parts stay in the cache: up to four times as fast as 16 MB ones
+_CHUNK_VALUES = 1 << 17  # parts stay in the cache: up to four times as fast as 16 MB ones
 
 
 def dequantize(data: Tensor, form: BlockFormat, dtype: torch.dtype) -> Tensor:

@@ -28,7 +28,7 @@ class Int8Linear(nn.Module):
         """Round a matrix [outputs, inputs] so that the largest value of each row becomes 127."""
         integers = torch.empty_like(weight, dtype=torch.int8)
         scales = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
-        rows = max(1, (1 << 16) // weight.shape[1])  # parts stay in the cache: four times as fast
+        rows = max(1, (1 << 17) // weight.shape[1])  # parts stay in the cache: four times as fast
         for start in range(0, weight.shape[0], rows):
             part = weight[start : start + rows].float()
             # The scale is rounded first: the integers then fit the scale that is really used.
