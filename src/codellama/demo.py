@@ -31,7 +31,7 @@ def show(engine: Engine) -> None:
     engine.complete([COMPLETION], SamplingParams(max_tokens=4))  # warm up before timing
     begin = time.perf_counter()
     completed = engine.complete([COMPLETION], params)[0]
-    filled = engine.infill([GAP], SamplingParams(max_tokens=48))[0]
+    filled = engine.infill([GAP], params, suffix_first=True)[0]
     duration_s = time.perf_counter() - begin
     console.print("\n[bold]A function completed[/bold] (new text in green)\n")
     console.print(Text(COMPLETION, "dim") + Text(completed.text, "bold green"), soft_wrap=True)
