@@ -438,6 +438,7 @@ class Terminal:
         environment.pop("NO_COLOR", None)
         self.pid, self.file = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # as where a script runs the tests
             os.execve(sys.executable, [*COMMAND, *arguments], environment)
         self.seen = b""
 

@@ -156,6 +156,8 @@ def converse(conversation: Conversation) -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  input() then edits lines and recalls earlier ones
         print("Ask something; /help lists the commands, Ctrl-D leaves.", file=sys.stderr)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # inherited from a script's background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
         try:
             text = read_message()
