@@ -1,3 +1,4 @@
+import random
 from itertools import islice
 
 import numpy as np
@@ -8,7 +9,7 @@ from loader_inputs import TextList, make_texts
 from test_fim import parts_of
 
 from codellama.data.fim import split_document
-from codellama.data.packing import Lane, LaneState, PackingSettings, lanes_of_rank
+from codellama.data.packing import Lane, LaneState, PackingSettings, lanes_of_rank, part_limit
 
 TEXTS = make_texts(60)
 
@@ -160,7 +161,8 @@ def test_long_document_over_many_rows(small_tokenizer):
 
 def test_each_epoch_takes_the_next_part_of_a_document(small_tokenizer):
     text = "".join(f"x{i} = {i}\n" for i in range(30))
-    parts = split_document(text, 20)
+    name = f"0/{TextList([text]).sha256(0)}"
+    parts = split_document(text, part_limit(20, random.Random(name)))
     assert len(parts) > 10
     lane = make_lane(small_tokenizer, [text], seq_len=17, max_document_chars=20)
     rows, _ = take(lane, 2 * len(parts))
@@ -169,6 +171,15 @@ def test_each_epoch_takes_the_next_part_of_a_document(small_tokenizer):
     assert first > 0, "every document would begin with its head"
     turned = parts[first:] + parts[:first]
     assert taken[: 2 * len(parts)] == turned * 2
+
+
+def test_limits_of_parts_are_spread():
+    rng = random.Random(0)
+    limits = [part_limit(2400, rng) for _ in range(2000)]
+    assert min(limits) >= 300 and max(limits) <= 2400
+    thirds = [sum(a <= x < 2 * a for x in limits) for a in (300, 600, 1200)]
+    assert all(abs(n - 2000 / 3) < 100 for n in thirds)
+    assert part_limit(None, rng) is None
 
 
 def test_empty_corpus_is_named(small_tokenizer):

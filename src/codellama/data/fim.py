@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import random
 import re
+from itertools import pairwise
 
 from codellama.tokenizer import Tokenizer
 from codellama.tokenizer.infilling import infilling_example
 
-# Lines from which a top-level statement may start. `else` and the like continue the one before.
-_TOP_LEVEL = re.compile(r"^(?!(?:elif|else|except|finally)\b)(?=[@#A-Za-z_])", re.M)
+# A line from which a statement may start, at its indentation; `else` and the like continue the one
+# before. Strings and comments are matched so that what stands inside them is passed over.
+_STATEMENT_OR_STRING = re.compile(
+    r"""^(?P<indent>\ *)(?=(?!(?:elif|else|except|finally)\b)[@\#A-Za-z_])
+    | \#[^\n]*
+    | (?P<quotes>\"{3}|'{3})(?:\\.|[^\\])*?(?P=quotes)
+    | "(?:\\.|[^"\\\n])*" | '(?:\\.|[^'\\\n])*'
+    """,
+    re.M | re.S | re.X,
+)
+_DEFINITION = re.compile(r"(?:async +)?def\b|class\b|@")
 
 
 def split_three(text: str, rng: random.Random) -> tuple[str, str, str]:
@@ -43,31 +53,53 @@ def transform(
 
 
 def split_document(text: str, max_chars: int | None) -> list[str]:
-    """Cut a document at top-level statements into parts of at most `max_chars` where possible.
+    """Cut a document at statements into parts of at most `max_chars` where possible.
 
-    A single statement that is longer stays whole; decorators and comments stay with the statement
+    At top-level statements first; what is then still too long, at the definitions inside it. A
+    single definition that is longer stays whole; decorators and comments stay with the statement
     below them. The parts joined are the document.
     """
     if max_chars is None or len(text) <= max_chars:
         return [text]
-    starts = _statement_starts(text)
+    starts = _starts(text)
+    top = _pieces(text, [at for at, indent in starts if indent == 0])
     parts: list[str] = []
     begin = 0
-    for i, start in enumerate(starts):
-        following = starts[i + 1] if i + 1 < len(starts) else len(text)
-        if start > begin and following - begin > max_chars:
-            parts.append(text[begin:start])
-            begin = start
-    parts.append(text[begin:])
+    for piece in top:
+        if len(piece) > max_chars:
+            inner = [at - begin for at, indent in starts if indent > 0]
+            pieces = _pieces(piece, [at for at in inner if 0 < at < len(piece)])
+        else:
+            pieces = [piece]
+        begin += len(piece)
+        for unit in pieces:
+            if parts and len(parts[-1]) + len(unit) <= max_chars:
+                parts[-1] += unit
+            else:
+                parts.append(unit)
     return parts
 
 
-def _statement_starts(text: str) -> list[int]:
-    """Where top-level statements start, with what belongs to them above."""
-    starts: list[int] = []
-    belongs_below = False
-    for match in _TOP_LEVEL.finditer(text):
-        if not belongs_below:
-            starts.append(match.start())
-        belongs_below = text[match.start()] in "@#"
+def _pieces(text: str, starts: list[int]) -> list[str]:
+    """The text cut at the given places."""
+    edges = [0, *(at for at in starts if at > 0), len(text)]
+    return [text[a:b] for a, b in pairwise(edges)]
+
+
+def _starts(text: str) -> list[tuple[int, int]]:
+    """(place, indentation) where a part may start: a top-level statement or an inner definition.
+
+    What belongs to it, decorators and comments, is above and starts it.
+    """
+    starts: list[tuple[int, int]] = []
+    above: int | None = None  # where the decorators and comments of the next statement begin
+    for match in _STATEMENT_OR_STRING.finditer(text):
+        if match["indent"] is None:
+            continue
+        at, indent = match.start(), len(match["indent"])
+        first = text[match.end()]
+        begin = at if above is None else above
+        above = begin if first in "@#" else None
+        if above is None and (indent == 0 or _DEFINITION.match(text, match.end())):
+            starts.append((begin, indent))
     return starts

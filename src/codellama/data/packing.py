@@ -154,12 +154,22 @@ class Lane:
         index = place
         if settings.shuffle:
             index = int(_permutation(settings.seed, epoch, len(self.documents))[place])
-        name = f"{settings.seed}/{epoch}/{self.documents.sha256(index)}"
-        parts = split_document(self.documents.text(index), settings.max_document_chars)
-        first = random.Random(f"{settings.seed}/{self.documents.sha256(index)}").randrange(
-            len(parts)
+        sha256 = self.documents.sha256(index)
+        rng = random.Random(f"{settings.seed}/{sha256}")
+        parts = split_document(
+            self.documents.text(index), part_limit(settings.max_document_chars, rng)
         )
-        return name, parts[(first + epoch) % len(parts)]
+        first = rng.randrange(len(parts))
+        return f"{settings.seed}/{epoch}/{sha256}", parts[(first + epoch) % len(parts)]
+
+
+def part_limit(max_chars: int | None, rng: random.Random) -> int | None:
+    """The longest part of one document, between an eighth of the limit and the limit.
+
+    Drawn evenly on a logarithmic scale: of one length for all, few gaps would be short, and the end
+    of a gap is learned from gaps that end.
+    """
+    return max_chars and max(1, round(max_chars * 8 ** -rng.random()))
 
 
 @lru_cache(maxsize=4)  # the lanes of a worker can be in two epochs at once
