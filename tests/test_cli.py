@@ -180,6 +180,8 @@ def test_convert_and_inspect(call):
     texts = [call("complete", "x", "--model", m, "--max-tokens", "5") for m in ("{inst}", "m.gguf")]
     assert texts[0] == texts[1]
     assert "context" in call("inspect", "{base}")[1]
+    code, _, error = call("convert", "{inst}", "x", "--to", "hf", "--variant", "9b")
+    assert code == 1 and "unknown variant '9b'" in error and "7b-instruct" in error
 
 
 def test_inspect_a_run_and_a_corpus(call, tmp_path):

@@ -30,6 +30,13 @@ def convert(
     ] = None,
     quantize: Annotated[str | None, typer.Option(help="q8_0 or q4_0, for GGUF.")] = None,
     shards: Annotated[int, typer.Option(min=1, help="Model-parallel files, for Meta.")] = 1,
+    variant: Annotated[
+        str | None,
+        typer.Option(help="7b-instruct and so on, where nothing in SRC says what the model is."),
+    ] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinite weights.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DST once the new one is whole.")
     ] = False,
@@ -46,6 +53,8 @@ def convert(
                 dtype=dtype,
                 quantize=quantize,
                 n_shards=shards,
+                variant=variant,
+                allow_nonfinite=allow_nonfinite,
                 overwrite=overwrite,
                 progress=progress,
             )
