@@ -175,6 +175,20 @@ class CorpusReader:
         """
         return self._value(index, "sha256")
 
+    def column(self, name: str) -> list[Any]:
+        """One column of all documents; texts are not read.
+
+        Raises:
+            ValueError: a corpus has no such column.
+        """
+        values: list[Any] = []
+        for number, row_group in self._groups:
+            file = self._files[number]
+            if name not in file.schema_arrow.names:
+                raise ValueError(f"{self.folder}: the corpus has no column {name!r}; prepare again")
+            values += file.read_row_group(row_group, columns=[name]).column(name).to_pylist()
+        return values
+
     def row(self, index: int) -> dict[str, Any]:
         """All columns of a document.
 
