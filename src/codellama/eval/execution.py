@@ -1,0 +1,108 @@
+"""Programs of samples, run in the sandbox and turned into verdicts.
+
+There is no other way here to run what a model wrote. Statuses are those of a sandbox Outcome; an
+`error` is the sandbox's own failure, which scoring retries and reports apart. Limits are processor
+time: wall time is four times as long, so that a busy machine does not decide.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from codellama import sandbox
+from codellama.eval.task import Verdict
+
+WALL_RATIO = 4.0
+_CALIBRATION = "total = 0\nfor i in range(3_000_000):\n    total += i * i % 7\n"
+_NOMINAL_S = 0.3  # what it takes on the machine that the limits were tried on
+
+
+def judge_python(candidate: str, tests: str, entry_point: str | None, timeout_s: float) -> Verdict:
+    """Run Python tests on a candidate that cannot reach them.
+
+    Args:
+        timeout_s: processor time of all checks together.
+    """
+    outcome = sandbox.judge(
+        candidate,
+        tests,
+        timeout_s=WALL_RATIO * timeout_s,
+        cpu_s=timeout_s,
+        entry_point=entry_point,
+    )
+    return _verdict(outcome)
+
+
+def run_program(program: str, language: str, timeout_s: float) -> Verdict:
+    """Run a program that holds its own tests; it passes by ending with 0, as published.
+
+    Such a program could end itself before the tests. That is the protocol of the benchmarks in
+    other languages; Python goes to judge_python.
+    """
+    return _verdict(
+        sandbox.run(program, timeout_s=WALL_RATIO * timeout_s, cpu_s=timeout_s, language=language)
+    )
+
+
+def run_cases(program: str, cases: list[tuple[str, str]], timeout_s: float) -> Verdict:
+    """Run a Python program once for each (input, expected output), until one does not hold.
+
+    Outputs agree when their lines do, without white space at the ends of lines and of the text.
+    """
+    cpu_s = 0.0
+    for number, (given, expected) in enumerate(cases, start=1):
+        outcome = sandbox.run(
+            program, stdin=given, timeout_s=WALL_RATIO * timeout_s, cpu_s=timeout_s
+        )
+        cpu_s += outcome.cpu_s
+        if outcome.status != "passed":
+            message = f"test {number}: {outcome.message or _last_line(outcome.stderr)}"
+            return Verdict(outcome.status, {"pass": 0.0}, message, cpu_s)
+        if _lines(outcome.stdout) != _lines(expected):
+            message = f"test {number}: printed {outcome.stdout[:200]!r}, not {expected[:200]!r}"
+            return Verdict("failed", {"pass": 0.0}, message, cpu_s)
+    return Verdict("passed", {"pass": 1.0}, "", cpu_s)
+
+
+@cache
+def calibrate() -> float:
+    """How many times slower than the nominal machine this one computes, at least 1, at most 8.
+
+    Raises:
+        ValueError: the sandbox does not run programs here.
+    """
+    outcome = min(
+        (sandbox.run(_CALIBRATION, timeout_s=60) for _ in range(3)),
+        key=lambda outcome: outcome.cpu_s if outcome.passed else float("inf"),
+    )
+    if not outcome.passed:
+        raise ValueError(f"the sandbox cannot run programs: {outcome.status}: {outcome.message}")
+    return min(8.0, max(1.0, outcome.cpu_s / _NOMINAL_S))
+
+
+@cache
+def missing_toolchain(language: str) -> str:
+    """Why programs in a language cannot be run; empty where they can."""
+    outcome = sandbox.run("", language=language)
+    return outcome.message if outcome.status == "refused" else ""
+
+
+@cache
+def missing_modules(names: tuple[str, ...]) -> str:
+    """Which Python packages programs in the sandbox cannot import; empty where all are there."""
+    missing = [n for n in names if not sandbox.run(f"import {n}", timeout_s=60).passed]
+    return f"programs need {', '.join(missing)} in the sandbox" if missing else ""
+
+
+def _verdict(outcome: sandbox.Outcome) -> Verdict:
+    message = "" if outcome.passed else outcome.message or _last_line(outcome.stderr)
+    return Verdict(outcome.status, {"pass": float(outcome.passed)}, message, outcome.cpu_s)
+
+
+def _last_line(text: str) -> str:
+    """The line of a traceback that says what went wrong."""
+    return (text.strip().splitlines() or [""])[-1][:400]
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().splitlines()]

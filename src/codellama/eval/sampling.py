@@ -1,0 +1,195 @@
+"""Sampling: a model's answers to every problem of a task, into a samples file.
+
+All problems are batched together. Rows are appended in a fixed order and each sample has a seed of
+its own, so that a run which was killed goes on where it stopped, and ends with the same file. A
+file beside it, NAME.settings.json, says how the samples were made; going on with other settings is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from codellama.artifact import code_version, write_file
+from codellama.engine.sampling import SamplingParams
+from codellama.eval.task import Generator, Problem, Prompt, Task, stable_seed
+
+CHUNK = 256  # requests between two writes: four batches of the engine
+TOO_LONG = "prompt_too_long"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are drawn.
+
+    Raises:
+        ValueError: several samples at temperature 0, which would all be the same.
+    """
+
+    n: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_tokens: int | None = None
+    """Instead of the task's own limit."""
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n = {self.n}: expected at least 1")
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(
+                f"n = {self.n} at temperature 0 gives equal samples; set a temperature"
+            )
+
+    @classmethod
+    def of(cls, task: Task, n: int, temperature: float | None = None, seed: int = 0) -> Decoding:
+        """The task's own setting for so many samples: one is greedy."""
+        if temperature is None:
+            temperature = 0.0 if n == 1 else task.temperature
+        return cls(n, temperature, 1.0 if temperature == 0 else task.top_p, seed)
+
+
+def sample(
+    generator: Generator,
+    task: Task,
+    path: Path,
+    decoding: Decoding,
+    model: dict[str, Any],
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Write the missing samples of a task to `path` and return the settings.
+
+    Args:
+        model: what identifies the model, for the settings.
+        limit: ask only the first problems; the result is then no score of the benchmark.
+        progress: called with samples done and wanted.
+
+    Raises:
+        ValueError: the file was made with other settings, or a prompt cannot be made.
+    """
+    problems = task.problems()[:limit]
+    settings = {
+        "task": task.name,
+        "protocol": task.protocol,
+        "data_sha256": task.files,
+        "model": model,
+        **asdict(decoding),
+        "limit": limit,
+        "code_version": code_version(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _check_settings(path.with_suffix(".settings.json"), settings)
+    done = _done(path)
+    wanted = [(p, i) for p in problems for i in range(decoding.n) if (p.task_id, i) not in done]
+    n_done = len(problems) * decoding.n - len(wanted)
+    with path.open("a", encoding="utf-8") as file:
+        for begin in range(0, len(wanted), CHUNK):
+            chunk = wanted[begin : begin + CHUNK]
+            rows = _answers(generator, task, chunk, decoding)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            n_done += len(chunk)
+            if progress:
+                progress(n_done, len(problems) * decoding.n)
+    return settings
+
+
+def _answers(
+    generator: Generator, task: Task, chunk: Sequence[tuple[Problem, int]], decoding: Decoding
+) -> list[dict[str, Any]]:
+    """One row for each (problem, sample number), in order."""
+    prompts = [_fitted(generator, task.prompt(problem)) for problem, _ in chunk]
+    rows: list[dict[str, Any]] = [
+        {"task_id": problem.task_id, "completion": "", "sample": number, "finish_reason": TOO_LONG}
+        for problem, number in chunk
+    ]
+    asked = [place for place, prompt in enumerate(prompts) if prompt is not None]
+    if not asked:
+        return rows
+    chosen = [prompt for prompt in prompts if prompt is not None]
+    params = [
+        SamplingParams(
+            max_tokens=decoding.max_tokens or prompt.max_tokens,
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            seed=stable_seed(decoding.seed, task.name, chunk[place][0].task_id, chunk[place][1]),
+            stop=prompt.stop,
+        )
+        for place, prompt in zip(asked, chosen, strict=True)
+    ]
+    kind = chosen[0].kind
+    if kind == "score":
+        for place, prompt in zip(asked, chosen, strict=True):
+            scores = [[round(x, 6) for x in line] for line in generator.score(prompt.texts)]
+            rows[place] |= {"completion": json.dumps(scores), "finish_reason": "scored"}
+        return rows
+    if kind == "infill":
+        gaps = [prompt.gap for prompt in chosen if prompt.gap is not None]
+        results = generator.infill(gaps, params, suffix_first=chosen[0].suffix_first)
+    elif kind == "chat":
+        results = generator.chat([prompt.messages for prompt in chosen], params)
+    else:
+        results = generator.complete([prompt.text for prompt in chosen], params)
+    for place, result in zip(asked, results, strict=True):
+        text = task.trim(chunk[place][0], result.text)
+        rows[place] |= {"completion": text, "finish_reason": result.finish_reason}
+    return rows
+
+
+def _fitted(generator: Generator, prompt: Prompt) -> Prompt | None:
+    """The prompt cut to the model's context where it may be; None where it does not fit.
+
+    An endpoint that tells neither its tokenizer nor its context gets every prompt whole.
+    """
+    tokenizer: Any = getattr(generator, "tokenizer", None)
+    context = getattr(generator, "max_context", None)
+    if tokenizer is None or context is None:
+        return prompt
+    if prompt.kind == "score":
+        texts = [tokenizer.encode(text, bos=True) for text in prompt.texts]
+        if prompt.may_lose_end:
+            return Prompt(texts=tuple(ids[:context] for ids in texts))
+        return prompt if max(map(len, texts)) <= context else None
+    if prompt.gap is not None:
+        n_tokens = len(tokenizer.encode_infilling(*prompt.gap, prompt.suffix_first))
+    elif prompt.messages:
+        n_tokens = len(tokenizer.encode_dialog(prompt.messages))
+    else:
+        ids = tokenizer.encode(prompt.text, bos=True)
+        n_tokens = len(ids)
+        if prompt.may_lose_start and n_tokens > context - prompt.max_tokens:
+            kept = max(1, context - prompt.max_tokens - 1)
+            return Prompt([ids[0], *ids[-kept:]], stop=prompt.stop, max_tokens=prompt.max_tokens)
+    return prompt if n_tokens < context else None
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings, or compare them with those of the file that is continued."""
+    if not path.exists():
+        write_file(path, json.dumps(settings, indent=2) + "\n")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(settings))
+    for key in now.keys() | before.keys():
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"{path}: made with {key} = {before.get(key)!r}, now {now.get(key)!r}; "
+                "continue with the same settings or write elsewhere with --out"
+            )
+
+
+def _done(path: Path) -> set[tuple[str, int]]:
+    """What an interrupted run has written; a torn last line is cut off."""
+    if not path.exists():
+        return set()
+    whole, _, torn = path.read_bytes().rpartition(b"\n")
+    if torn:
+        with path.open("r+b") as file:
+            file.truncate(len(whole) + 1 if whole else 0)
+    rows = [json.loads(line) for line in whole.splitlines() if line.strip()]
+    return {(row["task_id"], row["sample"]) for row in rows}

@@ -1,0 +1,194 @@
+"""Scoring: verdicts for a samples file, and what they come to.
+
+A score does not depend on the speed or the load of the machine: programs are limited in processor
+time, scaled by a short calibration, and a timeout is decided by a second run with nothing beside
+it. Failures of the sandbox itself are retried, reported apart, and void the score when they are
+more than a few.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from codellama.eval.execution import calibrate
+from codellama.eval.metrics import interval, pass_at_k
+from codellama.eval.samples import Sample
+from codellama.eval.task import Problem, Task, Verdict
+
+KS = (1, 2, 5, 10, 20, 50, 100, 200)
+MAX_ERROR_SHARE = 0.001
+N_ERROR_RETRIES = 2
+Answer = tuple[str, str]  # task_id, completion
+
+
+def judge_all(
+    task: Task,
+    answers: Iterable[Answer],
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[Answer, Verdict]:
+    """A verdict for every different answer, however often it was given.
+
+    Raises:
+        ValueError: the task cannot be scored here.
+    """
+    if reason := task.unavailable():
+        raise ValueError(f"{task.name}: {reason}")
+    problems = {problem.task_id: problem for problem in task.problems()}
+    problems |= {problem.task_id: problem for problem in task.reference_problems()}
+    todo = list(dict.fromkeys(answers))
+    patience = calibrate() if task.runs_programs else 1.0
+
+    def check(answer: Answer) -> Verdict:
+        return task.check(problems[answer[0]], answer[1], patience)
+
+    verdicts: dict[Answer, Verdict] = {}
+    # Threads only wait for the sandbox's processes; without programs one is as good as many.
+    with ThreadPoolExecutor(workers if task.runs_programs else 1) as pool:
+        for answer, verdict in zip(todo, pool.map(check, todo), strict=True):
+            verdicts[answer] = verdict
+            if progress:
+                progress(len(verdicts), len(todo))
+    for answer, verdict in verdicts.items():
+        if verdict.status == "timeout":  # alone: nobody else's run can have slowed it
+            verdicts[answer] = verdict = check(answer)
+        for _ in range(N_ERROR_RETRIES):
+            if verdict.status == "error":
+                verdicts[answer] = verdict = check(answer)
+    return verdicts
+
+
+def score(
+    task: Task,
+    samples: Sequence[Sample],
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Judge samples and aggregate: measures with intervals, groups, outcomes, problems.
+
+    Problems without samples are left out; read_samples refuses them unless told otherwise.
+
+    Raises:
+        ValueError: more than 0.1 % of the runs failed for reasons of the sandbox.
+    """
+    begin = time.perf_counter()
+    answers = [(sample.task_id, sample.completion) for sample in samples]
+    verdicts = judge_all(task, answers, workers, progress)
+    found = [verdicts[answer] for answer in answers]
+    n_errors = sum(verdict.status == "error" for verdict in found)
+    if n_errors > MAX_ERROR_SHARE * len(found):
+        first = next(verdict for verdict in found if verdict.status == "error")
+        raise ValueError(
+            f"{task.name}: no score: the sandbox failed in {n_errors} of {len(found)} runs "
+            f"(at most {MAX_ERROR_SHARE:.1%} are accepted): {first.message}"
+        )
+    by_problem: dict[str, list[tuple[Sample, Verdict]]] = {}
+    for sample, verdict in zip(samples, found, strict=True):
+        by_problem.setdefault(sample.task_id, []).append((sample, verdict))
+    problems = [p for p in task.problems() if p.task_id in by_problem]
+    rows = [_problem_row(p, by_problem[p.task_id]) for p in problems]
+    groups = sorted({problem.group for problem in problems} - {""})
+    return {
+        "task": task.name,
+        "protocol": task.protocol,
+        "data_sha256": task.files,
+        "n_problems": len(task.problems()),
+        "n_scored": len(problems),
+        "n_samples": len(samples),
+        "n_errors": n_errors,
+        "outcomes": dict(sorted(Counter(verdict.status for verdict in found).items())),
+        "metrics": _aggregate(rows),
+        "groups": {
+            group: {
+                name: metric["value"]
+                for name, metric in _aggregate([r for r in rows if r["group"] == group]).items()
+            }
+            for group in groups
+        },
+        "problems": rows,
+        "timing": {"scoring_s": round(time.perf_counter() - begin, 3), "workers": workers},
+    }
+
+
+def _problem_row(problem: Problem, judged: list[tuple[Sample, Verdict]]) -> dict[str, Any]:
+    """One problem of the results."""
+    counted = [verdict for _, verdict in judged if verdict.status != "error"]
+    names = dict.fromkeys(name for verdict in counted for name in verdict.values)
+    return {
+        "task_id": problem.task_id,
+        "group": problem.group,
+        "n": len(counted),
+        "weight": counted[0].weight if counted else 1.0,
+        "values": {
+            name: sum(v.values[name] for v in counted if name in v.values)
+            / sum(name in v.values for v in counted)
+            for name in names
+        },
+        "samples": [
+            {
+                "sample": sample.number,
+                "status": verdict.status,
+                "message": verdict.message,
+                "completion": sample.completion,
+            }
+            for sample, verdict in judged
+        ],
+    }
+
+
+def _aggregate(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Each measure over the problems: pass@k for `pass`, the weighted mean for the others."""
+    metrics: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row["values"]):
+        having = [row for row in rows if name in row["values"]]
+        weights = [row["weight"] for row in having]
+        if name != "pass":
+            metrics[name] = _metric([row["values"][name] for row in having], weights)
+            continue
+        for k in KS:
+            if k <= min(row["n"] for row in having):
+                values = [pass_at_k(row["n"], _n_passed(row), k) for row in having]
+                metrics[f"pass@{k}"] = _metric(values, weights)
+    return metrics
+
+
+def _metric(values: list[float], weights: list[float]) -> dict[str, float]:
+    low, high = interval(values, weights)
+    mean = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+    return {"value": mean, "low": low, "high": high, "n": len(values)}
+
+
+def _n_passed(row: dict[str, Any]) -> int:
+    return round(row["values"]["pass"] * row["n"])
+
+
+def check_references(task: Task, workers: int = 2) -> dict[str, Any]:
+    """Score the reference solutions, which must pass, and empty answers, which must not.
+
+    An empty answer may pass where a gap held nothing that the tests need.
+    """
+    begin = time.perf_counter()
+    references = [(p.task_id, task.reference(p)) for p in task.reference_problems()]
+    known = [(task_id, text) for task_id, text in references if text is not None]
+    verdicts = judge_all(task, known, workers)
+    passed = [task_id for task_id, text in known if verdicts[task_id, text].status == "passed"]
+    failed = sorted({task_id for task_id, _ in known} - set(passed))
+    seconds = time.perf_counter() - begin
+    empty = judge_all(task, [(task_id, "") for task_id, _ in known], workers)
+    return {
+        "task": task.name,
+        "n": len(known),
+        "n_passed": len(passed),
+        "known_broken": [task_id for task_id in failed if task_id in task.known_broken],
+        "failed": {
+            task_id: f"{v.status}: {v.message}"
+            for (task_id, _), v in verdicts.items()
+            if task_id in failed and task_id not in task.known_broken
+        },
+        "n_empty_passed": sum(verdict.status == "passed" for verdict in empty.values()),
+        "references_s": round(seconds, 2),
+    }

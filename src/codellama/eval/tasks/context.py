@@ -1,0 +1,190 @@
+"""Long contexts and plain likelihood: key retrieval, perplexity by position, bits per byte.
+
+Source: Code Llama paper, 3.3, figure 4 and appendix G.2. Its filler (CodeContests) and its files
+of at least 50 kB are not public; ours are named in each protocol.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from codellama.eval.datasets import data_file
+from codellama.eval.task import Problem, Prompt, Task, Verdict, graded, random_for
+
+POSITIONS = (0.0, 0.2, 0.4)  # Code Llama paper, table 17
+N_EXAMPLES = 64  # a length and position, as there
+FILLER_FILE = "mbpp/mbpp.jsonl.gz"
+PIECE_CHARS = 1500  # fits a context of 1,024 tokens with any vocabulary of source code
+_KEY = '''
+def my_function() -> int:
+    """Note that this function is used at the end"""
+    return {value}
+
+'''
+_END = "\nassert my_function() == "
+
+
+class Encoder(Protocol):
+    """The part of a tokenizer that prompts of a given length need."""
+
+    def encode(self, text: str, *, bos: bool = False) -> list[int]:
+        """Ids of a text."""
+        ...
+
+
+class KeyRetrieval(Task):
+    """A number returned by a function far back in the prompt."""
+
+    name = "key-retrieval"
+    protocol = "filler: MBPP reference solutions; 64 prompts a length and position"
+
+    def __init__(
+        self,
+        tokenizer: Encoder | None = None,
+        lengths: Sequence[int] = (8000, 16000, 24000),
+        data: Path | None = None,
+        n_examples: int = N_EXAMPLES,
+    ) -> None:
+        super().__init__()
+        self._tokenizer, self._lengths, self._data = tokenizer, lengths, data
+        self._n_examples = n_examples
+        self._filler: list[str] = []
+
+    def load(self) -> Iterable[Problem]:
+        """One problem for each length, position and example."""
+        found = data_file(FILLER_FILE, self._data)
+        self.files[FILLER_FILE] = found.sha256
+        self._filler = [row["code"].replace("\r\n", "\n").strip() for row in found.rows()]
+        for length in self._lengths:
+            for position in POSITIONS:
+                for number in range(self._n_examples):
+                    row = {"length": length, "position": position, "number": number}
+                    task_id = f"KeyRetrieval/{length}/{position}/{number}"
+                    yield Problem(task_id, row, f"{length}@{position}")
+
+    def prompt(self, problem: Problem) -> Prompt:
+        """Filler to the length in tokens, the function at its place, the assert at the end.
+
+        Raises:
+            ValueError: there is no tokenizer to count with.
+        """
+        if self._tokenizer is None:
+            raise ValueError(f"{self.name}: asking needs a model's tokenizer")
+        programs = list(self._filler)
+        random_for("filler", problem.task_id).shuffle(programs)
+        key = _KEY.format(value=self.reference(problem))
+        wanted = problem.row["length"] - self._n_tokens(key + _END) - 1
+        chosen: list[str] = []
+        n_tokens = 0
+        while n_tokens < wanted:
+            chosen.append(programs[len(chosen) % len(programs)])
+            n_tokens += self._n_tokens(chosen[-1] + "\n\n")
+        if n_tokens > wanted and len(chosen) > 1:
+            chosen.pop()  # never longer than the length it is reported under
+        place = round(problem.row["position"] * len(chosen))
+        before, after = chosen[:place], chosen[place:]
+        return Prompt("\n\n".join([*before, key, *after, _END.lstrip()]), max_tokens=4)
+
+    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+        """The number must come first."""
+        found = re.match(r"\s*(\d+)", completion)
+        is_right = found is not None and found[1] == self.reference(problem)
+        return graded({"retrieved": float(is_right)}, "retrieved")
+
+    def reference(self, problem: Problem) -> str:
+        """Two digits, drawn for each problem."""
+        return str(random_for("value", problem.task_id).randint(10, 99))
+
+    def _n_tokens(self, text: str) -> int:
+        assert self._tokenizer is not None
+        return len(self._tokenizer.encode(text))
+
+
+class PerplexityByPosition(Task):
+    """How well a model predicts the tokens of long files, by how much it has read before."""
+
+    name = "perplexity"
+    protocol = "files of --data, each up to the model's context; loss in nats a token"
+
+    def __init__(self, data: Path | None = None, max_chars: int = 400_000) -> None:
+        super().__init__()
+        self._data, self._max_chars = data, max_chars
+
+    def load(self) -> Iterable[Problem]:
+        """The text files of a folder, or one file."""
+        if self._data is None:
+            raise ValueError(f"{self.name}: name a file or folder of long texts with --data")
+        files = sorted(self._data.rglob("*")) if self._data.is_dir() else [self._data]
+        for file in files:
+            if file.is_file() and not file.name.startswith("."):
+                text = file.read_bytes()[: self._max_chars].decode("utf-8", "ignore")
+                if text.strip():
+                    name = str(file.relative_to(self._data)) if self._data.is_dir() else file.name
+                    yield Problem(name, {"text": text})
+
+    def prompt(self, problem: Problem) -> Prompt:
+        """The text, as far as the context goes."""
+        return Prompt(texts=(problem.row["text"],), may_lose_end=True)
+
+    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+        """Mean loss of the tokens up to each power of two, from the one before."""
+        losses = [-value for value in json.loads(completion)[0]]
+        values, begin, end = {}, 0, 128
+        while len(losses) >= end:
+            values[f"loss@{end}"] = math.fsum(losses[begin:end]) / (end - begin)
+            begin, end = end, end * 2
+        return Verdict("passed", values)
+
+
+class BitsPerByte(Task):
+    """How many bits a model needs for a byte of text, whatever its vocabulary."""
+
+    name = "bits-per-byte"
+
+    def __init__(self, data: Path | None = None) -> None:
+        super().__init__()
+        self._data = data
+        source = "texts of --data" if data else "HumanEval's prompts with their solutions"
+        self.protocol = f"{source}, in pieces of {PIECE_CHARS} characters at most"
+
+    def load(self) -> Iterable[Problem]:
+        """Pieces of texts, cut at lines."""
+        if self._data is None or (self._data.is_dir() and (self._data / "humaneval").is_dir()):
+            found = data_file("humaneval/HumanEval.jsonl.gz", self._data)
+            self.files["humaneval/HumanEval.jsonl.gz"] = found.sha256
+            for row in found.rows():
+                text = row["prompt"] + row["canonical_solution"]
+                yield from _pieces(row["task_id"], text)
+            return
+        for problem in PerplexityByPosition(self._data).load():
+            yield from _pieces(problem.task_id, problem.row["text"])
+
+    def prompt(self, problem: Problem) -> Prompt:
+        """The piece."""
+        return Prompt(texts=(problem.row["text"],))
+
+    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+        """Bits over bytes; a long piece weighs more."""
+        n_bytes = len(problem.row["text"].encode())
+        bits = -math.fsum(json.loads(completion)[0]) / math.log(2)
+        return Verdict("passed", {"bits_per_byte": bits / n_bytes}, weight=n_bytes)
+
+
+def _pieces(name: str, text: str) -> Iterable[Problem]:
+    piece, number = "", 0
+    lines = text.splitlines(keepends=True)
+    parts = [
+        line[at : at + PIECE_CHARS] for line in lines for at in range(0, len(line), PIECE_CHARS)
+    ]
+    for part in parts:
+        if piece and len(piece) + len(part) > PIECE_CHARS:
+            yield Problem(f"{name}#{number}", {"text": piece})
+            piece, number = "", number + 1
+        piece += part
+    if piece.strip():
+        yield Problem(f"{name}#{number}", {"text": piece})
