@@ -1,9 +1,11 @@
 """The engine against the slow reference and against Transformers, on random float32 weights."""
 
 import threading
+import time
 
 import pytest
 import torch
+from pool_check import check
 
 from codellama.engine import Engine, SamplingParams
 from codellama.engine.reference import generate_greedy
@@ -33,6 +35,21 @@ def engine(model, small_tokenizer):
     return Engine.of(model, small_tokenizer, max_batch=3)
 
 
+def is_empty(engine):
+    """Whether nothing runs, waits, or holds a block."""
+    engine._batcher.wait_until_idle()
+    check(engine._scheduler.pool, [])
+    assert not engine._batcher._generations
+    assert not engine._batcher._streamed
+    return not engine._scheduler.running and not engine._scheduler.n_waiting
+
+
+def slow_down(engine, monkeypatch, seconds=0.005):
+    """Make every step take a while, so that what happens meanwhile is certain to."""
+    run = engine._runner.run
+    monkeypatch.setattr(engine._runner, "run", lambda plan: (time.sleep(seconds), run(plan))[1])
+
+
 def greedy(model, tokenizer, prompt, n, stops=()):
     ids = tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
     return generate_greedy(model, ids, n, {tokenizer.eos_id, *stops})
@@ -45,8 +62,7 @@ def test_batched_greedy_equals_reference(engine, model, small_tokenizer):
         ids, logprobs = greedy(model, small_tokenizer, prompt, 30)
         assert list(result.token_ids) == ids
         assert result.logprobs == pytest.approx(logprobs, abs=1e-4)
-    assert engine._runner.sequences == []
-    assert list(engine._runner.cache.lengths) == []
+    assert is_empty(engine)
 
 
 def test_greedy_equals_transformers_generate(engine, model, small_tokenizer, tmp_path):
@@ -98,9 +114,9 @@ def test_stop_id_is_not_in_the_result(engine, model, small_tokenizer):
     ids = small_tokenizer.encode(PROMPTS[0], bos=True)
     free = engine.complete([ids], SamplingParams(max_tokens=30))[0].token_ids
     stop = free[10]
-    sequences = engine._generate([ids], SamplingParams(max_tokens=30), (stop,), None)
-    assert sequences[0].token_ids == free[: free.index(stop)]
-    assert sequences[0].finish_reason == "stop"
+    result = engine._generate([ids], SamplingParams(max_tokens=30), (stop,), None)[0]
+    assert result.token_ids == free[: free.index(stop)]
+    assert result.finish_reason == "stop"
 
 
 def test_stop_string_across_tokens_ends_text_and_is_never_streamed(engine):
@@ -128,12 +144,14 @@ def test_context_fills_up_and_ends(engine, small_tokenizer):
         engine.complete([[1, *[300] * 96]])
 
 
-def test_closing_a_stream_frees_its_row(engine):
+def test_closing_a_stream_frees_its_blocks(engine, monkeypatch):
+    slow_down(engine, monkeypatch)
     stream = engine.stream(PROMPTS[0], SamplingParams(max_tokens=60))
     next(stream)
+    assert engine._scheduler.pool.n_used
     stream.close()
-    assert engine._runner.sequences == []
-    assert list(engine._runner.cache.lengths) == []
+    assert engine._scheduler.pool.n_used == 0
+    assert is_empty(engine)
 
 
 def test_threads_share_the_batch_and_get_their_own_text(engine):
@@ -152,7 +170,8 @@ def test_threads_share_the_batch_and_get_their_own_text(engine):
     assert [found[i] for i in range(len(PROMPTS))] == alone
 
 
-def test_cancel_returns_what_there_is(engine):
+def test_cancel_returns_what_there_is(engine, monkeypatch):
+    slow_down(engine, monkeypatch)
     n_pieces = 0
 
     def stop_soon(number, text):

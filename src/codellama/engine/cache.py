@@ -1,137 +1,227 @@
-"""The key-value cache, outside of the model: it is what the engine passes as `attend`.
+"""The paged key-value cache, outside of the model: it is what the engine passes as `attend`.
 
-One row a running sequence, all rows padded to the same number of positions. Rows and positions grow
-by doubling. A row that ends is overwritten by the last one, so that the running rows always stand
-together and no step has to gather them.
+Tokens of any number of sequences run together as one ragged [N]. Each sequence's keys and values
+lie in blocks that `blocks` hands out; a block is `block_tokens` consecutive slots:
 
-    keys, values: [L, rows, Hkv, S, Dh]
+    keys, values: [L, n_blocks * block_tokens, Hkv, Dh]     scales (int8 only): [..., Hkv]
+
+Memory is that of the slots in use, and attention never makes a buffer that grows with the square
+of the length: what stands before a part of a prompt is attended to in pieces, merged by their sums
+of exponentials.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codellama.model.attention import Attend
+from codellama.model.attention import LENGTH_STEP, Attend
 from codellama.model.config import ModelConfig
 
+PIECE_TOKENS = 4096  # positions that are attended to at a time; bounds every copy of cached values
+VIEW_TOKENS = 128  # consecutive slots from which on a view is better than a copy
+Piece = slice | Tensor
 
-class KeyValueCache:
-    """Keys and values of the running sequences; row r belongs to the r-th of them."""
 
-    def __init__(self, config: ModelConfig, device: str, dtype: torch.dtype) -> None:
-        self._config = config
-        self._lengths: list[int] = []
-        shape = (config.num_hidden_layers, 1, config.num_key_value_heads, 64, config.head_dim)
-        self._keys = torch.zeros(shape, device=device, dtype=dtype)
-        self._values = torch.zeros_like(self._keys)
+@dataclass(frozen=True)
+class Span:
+    """The next tokens of one sequence: positions begin .. end - 1."""
 
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Cached positions of every row."""
-        return self._lengths
+    blocks: Sequence[int]
+    begin: int
+    end: int
 
-    @property
-    def n_bytes(self) -> int:
-        """Memory held by keys and values."""
-        return 2 * self._keys.nbytes
 
-    @torch.inference_mode()
-    def add_row(self) -> None:
-        """Make room for one more sequence, behind the others."""
-        self._lengths.append(0)
-        self._reserve(len(self._lengths), 0)
+class PagedCache:
+    """Keys and values of all sequences.
 
-    @torch.inference_mode()
-    def remove_row(self, row: int) -> None:
-        """Forget a sequence; the last row takes its place."""
-        last = len(self._lengths) - 1
-        if row != last:
-            length = self._lengths[last]
-            for cached in (self._keys, self._values):
-                cached[:, row, :, :length] = cached[:, last, :, :length]
-            self._lengths[row] = length
-        self._lengths.pop()
+    Args:
+        compute_dtype: what the model computes in.
+        dtype: what is stored: the same, bfloat16, or int8 with a scale for each token and head.
+    """
 
-    def prefill(self, rows: Sequence[int], counts: Sequence[int]) -> Attend:
-        """Attend for the next `counts[i]` tokens of each of some rows: x is [sum(counts), D].
+    def __init__(
+        self,
+        config: ModelConfig,
+        n_blocks: int,
+        block_tokens: int,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._block_tokens, self._compute_dtype = block_tokens, compute_dtype
+        shape = (config.num_hidden_layers, n_blocks * block_tokens, config.num_key_value_heads)
+        dtype = dtype or compute_dtype
+        # Not zeros: on the CPU, slots that were never written then take no memory.
+        self._keys, self._values = (
+            torch.empty(*shape, config.head_dim, device=device, dtype=dtype) for _ in range(2)
+        )
+        self._scales = None
+        if dtype == torch.int8:
+            self._scales = tuple(torch.empty(shape, device=device) for _ in range(2))
 
-        The projections run over all prompts at once; attention runs prompt by prompt.
+    @staticmethod
+    def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+        """Cache bytes of one position, scales included."""
+        scale_bytes = 4 / config.head_dim if dtype == torch.int8 else 0
+        return config.kv_bytes_per_token(dtype.itemsize + scale_bytes)
+
+    def attend(self, spans: Sequence[Span]) -> Attend:
+        """Attend for the tokens of these spans, which follow one another in q, k and v [N, ...].
+
+        Each token sees all tokens before it in its own sequence, which must be cached already or
+        stand in the span.
         """
-        begins = [self._lengths[row] for row in rows]
-        ends = [begin + count for begin, count in zip(begins, counts, strict=True)]
-        self._reserve(len(self._lengths), max(ends))
-        for row, end in zip(rows, ends, strict=True):
-            self._lengths[row] = end
+        slots = torch.tensor([slot for span in spans for slot in self._slots(span)])
+        slots = slots.to(self._keys.device)
+        plan = [self._pieces(span) for span in spans]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._write(layer, slots, k, v)
             out = torch.empty_like(q)
             first = 0
-            for row, begin, end in zip(rows, begins, ends, strict=True):
-                part = slice(first, first + end - begin)
-                keys, values = self._keys[layer, row], self._values[layer, row]
-                keys[:, begin:end] = k[part].transpose(0, 1)
-                values[:, begin:end] = v[part].transpose(0, 1)
-                cached = keys[None, :, :end], values[None, :, :end]
-                out[part] = _attend_from(begin, q[part].transpose(0, 1)[None], *cached)[
-                    0
-                ].transpose(0, 1)
-                first = part.stop
+            for span, (before, own) in zip(spans, plan, strict=True):
+                last = first + span.end - span.begin
+                out[first:last] = self._attend_span(layer, q[first:last], before, own)
+                first = last
             return out
 
         return attend
 
-    def decode(self) -> Attend:
-        """Attend for one new token of every row: x is [rows, D]."""
-        n_rows, longest = len(self._lengths), max(self._lengths) + 1
-        self._reserve(n_rows, longest)
-        device = self._keys.device
-        at = torch.tensor(self._lengths, device=device)
-        rows = torch.arange(n_rows, device=device)
-        is_uniform = min(self._lengths) == longest - 1
-        mask = None
-        if not is_uniform:
-            mask = (torch.arange(longest, device=device)[None] <= at[:, None])[:, None, None]
+    def _slots(self, span: Span) -> list[int]:
+        """Where the tokens of a span are kept."""
+        size = self._block_tokens
+        return [span.blocks[at // size] * size + at % size for at in range(span.begin, span.end)]
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self._keys[layer], self._values[layer]
-            keys[rows, :, at] = k
-            values[rows, :, at] = v
-            cached = keys[:n_rows, :, :longest], values[:n_rows, :, :longest]
-            return _attend(q[:, :, None], *cached, mask)[:, :, 0]
+    def _pieces(self, span: Span) -> tuple[list[Piece], list[Piece]]:
+        """What a span attends to: all of the first pieces, and causally the second ones.
 
-        self._lengths = [length + 1 for length in self._lengths]
-        return attend
+        A single token sees everything, itself included, so that nothing is left to be causal.
+        """
+        if span.end - span.begin == 1:
+            return self._pieces_of(span.blocks, 0, span.end), []
+        own = [slot for slot in self._slots(span)]
+        is_run = own[-1] - own[0] == len(own) - 1
+        place = slice(own[0], own[-1] + 1) if is_run else self._index(own)
+        return self._pieces_of(span.blocks, 0, span.begin), [place]
 
-    def _reserve(self, n_rows: int, n_positions: int) -> None:
-        """Grow to hold that many rows and positions; what is cached stays."""
-        layers, rows, heads, positions, width = self._keys.shape
-        if n_rows <= rows and n_positions <= positions:
+    def _pieces_of(self, blocks: Sequence[int], begin: int, end: int) -> list[Piece]:
+        """Slots of positions begin .. end - 1, in any order: long runs as slices, the rest as
+        numbers.
+        """
+        size = self._block_tokens
+        pieces: list[Piece] = []
+        loose: list[int] = []
+        at = begin
+        while at < end:
+            number = at // size
+            first = number
+            while (number + 1) * size < end and blocks[number + 1] == blocks[number] + 1:
+                number += 1
+            stop = min((number + 1) * size, end)
+            slot = blocks[first] * size
+            for part in range(slot, slot + stop - at, PIECE_TOKENS):
+                part_end = min(part + PIECE_TOKENS, slot + stop - at)
+                if part_end - part >= VIEW_TOKENS or (at == 0 and stop == end):
+                    pieces.append(slice(part, part_end))
+                else:
+                    loose += range(part, part_end)
+            at = stop
+        parts = range(0, len(loose), PIECE_TOKENS)
+        return [*pieces, *(self._index(loose[part : part + PIECE_TOKENS]) for part in parts)]
+
+    def _index(self, slots: list[int]) -> Tensor:
+        return torch.tensor(slots, device=self._keys.device)
+
+    def _write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        if self._scales is None:
+            self._keys[layer].index_copy_(0, slots, k.to(self._keys.dtype))
+            self._values[layer].index_copy_(0, slots, v.to(self._values.dtype))
             return
-        rows = rows if n_rows <= rows else max(n_rows, 2 * rows)
-        if n_positions > positions:
-            limit = max(self._config.max_position_embeddings, n_positions)
-            positions = min(max(n_positions, 2 * positions), limit)
-        for name in ("_keys", "_values"):
-            old = getattr(self, name)
-            new = old.new_zeros(layers, rows, heads, positions, width)
-            new[:, : old.shape[1], :, : old.shape[3]] = old
-            setattr(self, name, new)
+        for store, scales, x in zip((self._keys, self._values), self._scales, (k, v), strict=True):
+            scale = (x.float().abs().amax(-1) / 127).clamp(min=1e-20)
+            integers = (x.float() / scale[..., None]).round_()
+            store[layer].index_copy_(0, slots, integers.to(torch.int8))
+            scales[layer].index_copy_(0, slots, scale)
+
+    def _read(self, layer: int, piece: Piece) -> list[Tensor]:
+        """Keys and values [1, Hkv, n, Dh] of some slots."""
+        both = [_select(x[layer], piece) for x in (self._keys, self._values)]
+        if self._scales is not None:
+            scales = [_select(x[layer], piece) for x in self._scales]
+            both = [x * scale[..., None] for x, scale in zip(both, scales, strict=True)]
+        return [x.to(self._compute_dtype).transpose(0, 1)[None] for x in both]
+
+    def _attend_span(
+        self, layer: int, q: Tensor, before: Sequence[Piece], own: Sequence[Piece]
+    ) -> Tensor:
+        """q: [n, H, Dh] -> the same shape."""
+        n_tokens = len(q)
+        # The kernels of the CPU are generated for each new length and kept: 200 MB after 60 prompts
+        # of different lengths. Padded ends are never seen by what stands before them.
+        n_padding = -n_tokens % LENGTH_STEP if n_tokens > 1 else 0
+        q = F.pad(q, (0, 0, 0, 0, 0, n_padding)).transpose(0, 1)[None]
+        total = log_sum = None
+        for pieces, is_causal in ((before, False), (own, True)):
+            for piece in pieces:
+                k, v = self._read(layer, piece)
+                if is_causal:
+                    k, v = (F.pad(x, (0, 0, 0, n_padding)) for x in (k, v))
+                out, out_log_sum = attend_piece(q, k, v, is_causal)
+                if total is None or log_sum is None:
+                    total, log_sum = out, out_log_sum
+                    continue
+                both = torch.logaddexp(log_sum, out_log_sum)
+                total = total.float() * (log_sum - both).exp()[..., None]
+                total += out.float() * (out_log_sum - both).exp()[..., None]
+                log_sum = both
+        assert total is not None
+        return total[0].transpose(0, 1)[:n_tokens]
 
 
-def _attend_from(begin: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of queries at positions `begin`, `begin` + 1, ... over all keys before."""
-    if begin == 0:
-        is_grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
-    shape = q.shape[2], k.shape[2]
-    return _attend(q, k, v, torch.ones(shape, dtype=torch.bool, device=q.device).tril(begin))
+def _select(x: Tensor, piece: Piece) -> Tensor:
+    return x[piece] if isinstance(piece, slice) else x.index_select(0, piece)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q: [B, H, T, Dh]; k, v: [B, Hkv, S, Dh] -> [B, H, T, Dh]."""
-    is_grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=is_grouped)
+def attend_piece(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention to some of the positions, and the logarithm of its sum of exponentials.
+
+    Args:
+        q: [1, H, T, Dh].
+        k: [1, Hkv, S, Dh]; with `is_causal`, S equals T.
+        v: as k.
+
+    Returns:
+        [1, H, T, Dh] and [1, H, T] float32.
+    """
+    if q.device.type == "cpu" and q.dtype != torch.float16:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)
+    n_heads, n_tokens, width = q.shape[1:]
+    grouped = q.view(k.shape[1], -1, width)  # [Hkv, G * T, Dh]: one product for each key head
+    scores = (grouped @ k[0].transpose(1, 2)).float() / math.sqrt(width)
+    scores = scores.view(n_heads, n_tokens, -1)
+    if is_causal:
+        later = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+    log_sum = scores.logsumexp(-1)
+    weights = (scores - log_sum[..., None]).exp().to(v.dtype).view(k.shape[1], -1, v.shape[2])
+    return (weights @ v[0]).view(q.shape), log_sum[None]
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a cache may take: half of what is free, on a GPU nine tenths."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] * 9 // 10
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        return kilobytes * 1024 // 2
+    except (OSError, StopIteration):  # not Linux: a quarter of all there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

@@ -1,22 +1,32 @@
 """The Engine: complete, infill, chat, stream and score with a model in this process.
 
-Prompts enter as text or as ids; sequences join the running batch as soon as there is room and
-leave it when they end, so nobody waits for the slowest. Results do not depend on who else is in
-the batch. It may be called from many threads; they take turns step by step.
+Prompts enter as text or as ids and join the running batch at once; each leaves it when it ends, so
+nobody waits for the slowest. It may be called from many threads, and from an event loop through
+`submit` or `stream_async`. Results do not depend on who else is in the batch, beyond the rounding
+of matrix products of other sizes: in float32 the tokens are the same.
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import secrets
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
+from queue import SimpleQueue
+from typing import TypedDict, Unpack
 
+import torch
+
+from codellama.engine.batcher import Batcher, Generation
+from codellama.engine.blocks import BLOCK_TOKENS, BlockPool
+from codellama.engine.cache import PagedCache, available_bytes
 from codellama.engine.runner import Runner
 from codellama.engine.sampling import SamplingParams
+from codellama.engine.scheduler import STEP_TOKENS, Scheduler
 from codellama.engine.sequence import Completion
 from codellama.engine.sequence import Sequence as Running
+from codellama.engine.speculate import DraftModel, Speculator
 from codellama.model.transformer import Transformer
 from codellama.tokenizer import Tokenizer
 from codellama.tokenizer.chat import Message
@@ -25,8 +35,31 @@ from codellama.weights import load
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams]
-PREFILL_TOKENS = 4096  # prompts that run in one pass; more would only make the others wait
 SHIPPED_MODEL = Path(__file__).parent.parent / "pretrained"
+CACHE_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+}
+
+
+class Options(TypedDict, total=False):
+    """What an engine may be told beside its model."""
+
+    max_batch: int
+    """Sequences that run at a time; more wait. 64."""
+    step_tokens: int
+    """Prompt tokens that run in one step, so that a long prompt stalls nobody. 512."""
+    cache_tokens: int
+    """Positions that all sequences together may keep; as many as memory allows, up to the whole
+    context for each. Where they run out, the sequence that came last is computed again later."""
+    cache_dtype: str
+    """What keys and values are kept in: the model's type by default, or "int8"."""
+    max_guesses: int
+    """Tokens guessed ahead from the text or by the draft model; 0 turns guessing off. 12."""
+    draft: Transformer
+    """A small model of the same vocabulary that guesses instead of the text."""
 
 
 class Engine:
@@ -34,11 +67,11 @@ class Engine:
 
     Args:
         model: a checkpoint in any format that loads, or None for the model in this package.
-        dtype: "bfloat16", "float16" or "float32".
-        max_batch: sequences that run at a time; more wait.
+        dtype: "bfloat16", "float16", "float32" or "int8".
+        options: see `Options`.
 
     Raises:
-        ValueError: the checkpoint cannot be read.
+        ValueError: the checkpoint cannot be read, or an option is out of range.
     """
 
     def __init__(
@@ -46,25 +79,42 @@ class Engine:
         model: str | Path | None = None,
         device: str = "cpu",
         dtype: str = "bfloat16",
-        max_batch: int = 64,
+        **options: Unpack[Options],
     ) -> None:
         loaded, tokenizer = load(model or SHIPPED_MODEL, device=device, dtype=dtype)
-        self._start(loaded, tokenizer, max_batch)
+        self._start(loaded, tokenizer, options)
 
     @classmethod
-    def of(cls, model: Transformer, tokenizer: Tokenizer, max_batch: int = 64) -> Engine:
+    def of(cls, model: Transformer, tokenizer: Tokenizer, **options: Unpack[Options]) -> Engine:
         """An engine around a model that is already in memory."""
         engine = cls.__new__(cls)
-        engine._start(model, tokenizer, max_batch)
+        engine._start(model, tokenizer, options)
         return engine
 
-    def _start(self, model: Transformer, tokenizer: Tokenizer, max_batch: int) -> None:
+    def _start(self, model: Transformer, tokenizer: Tokenizer, options: Options) -> None:
         self.tokenizer = tokenizer
-        self.max_context = model.config.max_position_embeddings
-        self._runner = Runner(model)
-        self._waiting: deque[Running] = deque()
-        self._max_batch = max_batch
-        self._lock = threading.Lock()
+        context = model.config.max_position_embeddings
+        max_batch, name = options.get("max_batch", 64), options.get("cache_dtype")
+        if name is not None and name not in CACHE_DTYPES:
+            raise ValueError(f"cache_dtype {name!r}: expected one of {', '.join(CACHE_DTYPES)}")
+        weight = model.model.embed_tokens.weight
+        dtype = CACHE_DTYPES[name] if name else weight.dtype
+        n_tokens = options.get("cache_tokens")
+        if n_tokens is None:
+            per_token = PagedCache.bytes_per_token(model.config, dtype)
+            n_tokens = min(max_batch * context, available_bytes(weight.device) // per_token)
+        n_blocks = max(1, -(-n_tokens // BLOCK_TOKENS))
+        self.max_context = min(context, n_blocks * BLOCK_TOKENS)
+        self._runner = Runner(model, n_blocks, BLOCK_TOKENS, dtype)
+        draft = options.get("draft")
+        guessing = Speculator(
+            options.get("max_guesses", 12),
+            None if draft is None else DraftModel(draft, model, n_blocks, BLOCK_TOKENS),
+        )
+        self._scheduler: Scheduler[Running] = Scheduler(
+            BlockPool(n_blocks), max_batch, options.get("step_tokens", STEP_TOKENS)
+        )
+        self._batcher = Batcher(self._runner, self._scheduler, guessing)
 
     def complete(
         self,
@@ -154,15 +204,54 @@ class Engine:
                 raise ValueError(
                     f"the text has {len(ids)} tokens, the model's context {self.max_context}"
                 )
-            with self._lock:
-                results.append(self._runner.score(list(ids)) if len(ids) > 1 else [])
+            results.append(self._runner.score(list(ids)) if len(ids) > 1 else [])
         return results
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        stop_ids: Sequence[int],
+        listener: Callable[[], object],
+        every_step: bool = True,
+    ) -> Generation:
+        """Queue one prompt and return at once; for servers and event loops.
+
+        Args:
+            listener: called from another thread when there is something to `read`; it must return
+                at once.
+            every_step: call it for every piece of text, not at the end only.
+
+        Raises:
+            ValueError: the prompt is empty or longer than the context, or n is not 1.
+        """
+        if params.n != 1:
+            raise ValueError("n > 1: submit once for each")
+        [sequence] = self._sequences(prompt, params, stop_ids)
+        return self._batcher.submit(sequence, listener, every_step)
+
+    async def stream_async(
+        self, prompt: Sequence[int], params: SamplingParams, stop_ids: Sequence[int]
+    ) -> AsyncIterator[str]:
+        """As `stream`, within an event loop; closing or cancelling it ends the generation."""
+        news = asyncio.Event()
+        wake = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, news.set)
+        generation = self.submit(prompt, params, stop_ids, wake)
+        try:
+            is_done = False
+            while not is_done:
+                await news.wait()
+                news.clear()
+                text, is_done = generation.read()
+                if text:
+                    yield text
+            generation.completion()
+        finally:
+            generation.cancel()
 
     def cancel(self) -> None:
         """End everything that runs or waits; callers get what there is, as `cancelled`."""
-        with self._lock:
-            for sequence in [*self._runner.sequences, *self._waiting]:
-                sequence.cancel()
+        self._batcher.cancel()
 
     def _infilling_stops(self) -> tuple[int, ...]:
         eot = self.tokenizer.eot_id
@@ -182,38 +271,44 @@ class Engine:
         sequences: list[Running] = []
         for prompt, settings in zip(prompts, params, strict=True):
             sequences += self._sequences(prompt, settings, stops)
-        self._submit(sequences)
-        seen = [0] * len(sequences)
+        news: SimpleQueue[int] = SimpleQueue()
+        generations: list[Generation] = []
+        n_running = len(sequences)
         try:
-            while self._step(sequences):
-                if on_text:
-                    _report(sequences, seen, on_text)
+            for number, sequence in enumerate(sequences):
+                listener = functools.partial(news.put, number)
+                generations.append(self._batcher.submit(sequence, listener, on_text is not None))
+            while n_running:
+                number = news.get()
+                text, is_done = generations[number].read()
+                n_running -= is_done
+                if on_text and text:
+                    on_text(number, text)
         finally:
-            self._withdraw(sequences)
-        if on_text:
-            _report(sequences, seen, on_text)
-        return [sequence.completion() for sequence in sequences]
+            self._batcher.cancel(generations)
+        return [generation.completion() for generation in generations]
 
     def _stream(
         self, prompt: Sequence[int], params: SamplingParams | None, stops: tuple[int, ...]
     ) -> Iterator[str]:
-        sequences = self._sequences(prompt, params or SamplingParams(), stops)
-        if len(sequences) != 1:
+        params = params or SamplingParams()
+        if params.n != 1:
             raise ValueError("n > 1 cannot be streamed; call once for each")
-        self._submit(sequences)
-        n_seen = 0
+        news: SimpleQueue[None] = SimpleQueue()
+        generation = self.submit(prompt, params, stops, functools.partial(news.put, None))
         try:
-            is_running = True
-            while is_running:
-                is_running = self._step(sequences)
-                if len(sequences[0].text) > n_seen:
-                    yield sequences[0].text[n_seen:]
-                    n_seen = len(sequences[0].text)
+            is_done = False
+            while not is_done:
+                news.get()
+                text, is_done = generation.read()
+                if text:
+                    yield text
+            generation.completion()
         finally:
-            self._withdraw(sequences)
+            generation.cancel()
 
     def _sequences(
-        self, prompt: Sequence[int], params: SamplingParams, stops: tuple[int, ...]
+        self, prompt: Sequence[int], params: SamplingParams, stops: Sequence[int]
     ) -> list[Running]:
         """The n sequences of a prompt; each has a seed of its own."""
         first = secrets.randbits(48) if params.seed is None else params.seed
@@ -222,67 +317,9 @@ class Engine:
             for i in range(params.n)
         ]
 
-    def _submit(self, sequences: list[Running]) -> None:
-        with self._lock:
-            self._waiting += [s for s in sequences if s.finish_reason is None]
-
-    def _withdraw(self, sequences: list[Running]) -> None:
-        """Take a caller's sequences out, finished or not; their cache rows are free at once."""
-        mine = set(map(id, sequences))
-        with self._lock:
-            self._waiting = deque(s for s in self._waiting if id(s) not in mine)
-            for row in reversed(range(len(self._runner.sequences))):
-                if id(self._runner.sequences[row]) in mine:
-                    self._runner.remove(row)
-        for sequence in sequences:
-            sequence.cancel()
-
-    def _step(self, sequences: list[Running]) -> bool:
-        """Run one step for everybody; whether the caller's sequences still run."""
-        with self._lock:
-            if all(s.finish_reason is not None for s in sequences):
-                return False
-            runner = self._runner
-            self._drop_finished()
-            if joining := self._next_joining():
-                for sequence, chosen in zip(joining, runner.prefill(joining), strict=True):
-                    sequence.accept(*chosen)
-            elif runner.sequences:
-                for sequence, chosen in zip(runner.sequences, runner.decode(), strict=True):
-                    sequence.accept(*chosen)
-            self._drop_finished()
-        return any(s.finish_reason is None for s in sequences)
-
-    def _next_joining(self) -> list[Running]:
-        """Waiting sequences whose prompts run together now: while there are rows and room."""
-        joining: list[Running] = []
-        n_tokens = 0
-        n_free = self._max_batch - len(self._runner.sequences)
-        while self._waiting and len(joining) < n_free:
-            if self._waiting[0].finish_reason is None:
-                n_tokens += len(self._waiting[0].prompt)
-                if joining and n_tokens > PREFILL_TOKENS:
-                    break
-                joining.append(self._waiting[0])
-            self._waiting.popleft()
-        return joining
-
-    def _drop_finished(self) -> None:
-        for row in reversed(range(len(self._runner.sequences))):
-            if self._runner.sequences[row].finish_reason is not None:
-                self._runner.remove(row)
-
 
 def _listed(prompts: Sequence[Prompt]) -> list[Prompt]:
     """A single text would be taken for a list of characters."""
     if isinstance(prompts, str):
         raise ValueError("expected a list of prompts, got one text")
     return list(prompts)
-
-
-def _report(sequences: list[Running], seen: list[int], on_text: Callable[[int, str], None]) -> None:
-    """Tell a caller what is new since the last step."""
-    for number, sequence in enumerate(sequences):
-        if len(sequence.text) > seen[number]:
-            on_text(number, sequence.text[seen[number] :])
-            seen[number] = len(sequence.text)

@@ -1,91 +1,123 @@
-"""The runner: the only place where sequences meet tensors. One forward pass, one token each."""
+"""The runner: the only place where sequences meet tensors. One forward pass for one step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from codellama.engine.cache import KeyValueCache
+from codellama.engine.cache import PagedCache, Span
 from codellama.engine.sequence import Sequence
-from codellama.model.attention import causal
+from codellama.model.attention import LENGTH_STEP, causal
 from codellama.model.transformer import Transformer
+
+Chosen = list[tuple[int, float]]
+"""Token and natural log-probability of each token that one step gave a sequence."""
 
 
 class Runner:
-    """Holds the model and its cache; row r of the cache is `sequences[r]`."""
+    """Holds the model and its cache."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        n_blocks: int,
+        block_tokens: int,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
         self.model = model
         weight = model.model.embed_tokens.weight  # lm_head may hold integers
         self._device = weight.device
-        self.cache = KeyValueCache(model.config, str(weight.device), weight.dtype)
-        self.sequences: list[Sequence] = []
+        self.cache = PagedCache(
+            model.config, n_blocks, block_tokens, weight.device, weight.dtype, cache_dtype
+        )
 
     @torch.inference_mode()
-    def prefill(self, sequences: Items[Sequence]) -> list[tuple[int, float]]:
-        """Add sequences, run their prompts in one pass, and return each one's first token."""
-        rows = []
-        for sequence in sequences:
-            rows.append(len(self.sequences))
-            self.cache.add_row()
-            self.sequences.append(sequence)
-        counts = [len(sequence.prompt) for sequence in sequences]
-        tokens = torch.tensor([t for s in sequences for t in s.prompt], device=self._device)
-        positions = torch.cat([torch.arange(count, device=self._device) for count in counts])
-        hidden = self.model.model(tokens, positions, self.cache.prefill(rows, counts))
-        ends = torch.tensor(counts, device=self._device).cumsum(0) - 1
-        return self._choose(hidden[ends], sequences)
+    def run(self, plan: Items[tuple[Sequence, int]]) -> list[Chosen | ValueError]:
+        """Run the next tokens of some sequences in one pass.
 
-    @torch.inference_mode()
-    def decode(self) -> list[tuple[int, float]]:
-        """Run one more token of every sequence and return the next ones, in row order."""
-        tokens = torch.tensor([s.token_ids[-1] for s in self.sequences], device=self._device)
-        positions = torch.tensor(self.cache.lengths, device=self._device)
-        hidden = self.model.model(tokens, positions, self.cache.decode())
-        return self._choose(hidden, self.sequences)
+        A sequence whose known tokens have all run gets its next one, and as many more as it had
+        guessed right; one within its prompt gets none. An error stands in the place of a sequence
+        whose logits are not numbers.
+        """
+        spans: list[Span] = []
+        tokens: list[int] = []
+        wanted: list[int] = []  # rows of the pass whose logits are needed
+        askers: list[tuple[Sequence, int]] = []  # for each of them, whose and for which position
+        for sequence, n_tokens in plan:
+            end = sequence.n_cached + n_tokens
+            tokens += sequence.tokens[sequence.n_cached : end]
+            if end == len(sequence.tokens):
+                rows = range(len(tokens) - 1, len(tokens) + len(sequence.draft))
+                wanted += rows
+                askers += [(sequence, end + i) for i in range(len(rows))]
+                tokens += sequence.draft
+                end += len(sequence.draft)
+            spans.append(Span(sequence.blocks, sequence.n_cached, end))
+        hidden = self.forward(tokens, spans)
+        chosen = iter(self._choose(hidden[wanted], askers)) if wanted else iter(())
+        results: list[Chosen | ValueError] = []
+        for sequence, n_tokens in plan:
+            if sequence.n_cached + n_tokens < len(sequence.tokens):
+                results.append([])
+            else:
+                given = [next(chosen) for _ in range(1 + len(sequence.draft))]
+                results.append(_accepted(given, sequence.draft))
+        return results
 
-    def remove(self, row: int) -> None:
-        """Take a finished sequence out; the last one takes its row."""
-        self.cache.remove_row(row)
-        self.sequences[row] = self.sequences[-1]
-        self.sequences.pop()
+    def forward(self, tokens: list[int], spans: Items[Span]) -> Tensor:
+        """Hidden states [N, D] of new tokens, whose keys and values are cached on the way."""
+        positions = [at for span in spans for at in range(span.begin, span.end)]
+        ids, places = torch.tensor([tokens, positions]).to(self._device)
+        return self.model.model(ids, places, self.cache.attend(spans))
 
     @torch.inference_mode()
     def score(self, tokens: list[int]) -> list[float]:
         """Log-probability of each token after the first, given those before it."""
         ids = torch.tensor(tokens, device=self._device)
-        hidden = self.model.model(
-            ids[None, :-1], torch.arange(len(ids) - 1, device=self._device)[None], causal
-        )
+        padded = F.pad(ids[:-1], (0, -(len(ids) - 1) % LENGTH_STEP))[None]
+        positions = torch.arange(padded.shape[1], device=self._device)[None]
+        hidden = self.model.model(padded, positions, causal)[0, : len(ids) - 1]
         scores: list[float] = []
         for begin in range(0, len(ids) - 1, 1024):  # never the logits of a whole long text
             part = slice(begin, begin + 1024)
-            logits = self.model.lm_head(hidden[0, part]).float()
+            logits = self.model.lm_head(hidden[part]).float()
             chosen = logits.log_softmax(-1).gather(-1, ids[1:][part, None])
             scores += chosen[:, 0].tolist()
         return scores
 
-    def _choose(self, hidden: Tensor, sequences: Items[Sequence]) -> list[tuple[int, float]]:
-        """Project hidden states [N, D] and pick each sequence's next token.
-
-        Raises:
-            ValueError: the model produced values that are not numbers.
-        """
+    def _choose(self, hidden: Tensor, askers: Items[tuple[Sequence, int]]) -> Chosen:
+        """Project hidden states [R, D] and pick the token of each asker's position."""
         logits = self.model.lm_head(hidden).float()
-        tokens = logits.argmax(-1)
-        sampled = [row for row, s in enumerate(sequences) if s.params.temperature > 0]
+        best, tokens = logits.max(-1)
+        sampled = [row for row, (s, _) in enumerate(askers) if s.params.temperature > 0]
         if sampled:
-            tokens[sampled] = sample(logits[sampled], [sequences[row] for row in sampled])
-        best = logits.gather(-1, tokens[:, None])[:, 0]
-        logprobs = (best - logits.logsumexp(-1)).tolist()
-        if any(value != value for value in logprobs):
-            raise ValueError("the model's output is not a number; its weights are damaged")
-        return list(zip(tokens.tolist(), logprobs, strict=True))
+            picked = [askers[row] for row in sampled]
+            tokens[sampled] = sample(logits[sampled], picked)
+            best = logits.gather(-1, tokens[:, None])[:, 0]
+        if any(s.params.logprobs for s, _ in askers):
+            best = best - logits.logsumexp(-1)
+        return list(zip(tokens.tolist(), best.tolist(), strict=True))
 
 
-def sample(logits: Tensor, sequences: Items[Sequence]) -> Tensor:
+def _accepted(given: Chosen, draft: list[int]) -> Chosen | ValueError:
+    """The tokens up to the first that was not guessed.
+
+    What is chosen after a wrong guess is worthless. What is chosen where a guess was wrong is
+    exactly what would have been chosen without one, sampled or not, since the random number belongs
+    to the position.
+    """
+    n_right = 0
+    while n_right < len(draft) and given[n_right][0] == draft[n_right]:
+        n_right += 1
+    if any(value != value or value in (float("inf"), -float("inf")) for _, value in given):
+        return ValueError("the model's output is not a number; its weights are damaged")
+    return given[: n_right + 1]
+
+
+def sample(logits: Tensor, askers: Items[tuple[Sequence, int]]) -> Tensor:
     """Draw one token a row with each sequence's own settings and random numbers.
 
     Nucleus as in the reference: a token is dropped if the probability before it exceeds top_p, so
@@ -93,6 +125,7 @@ def sample(logits: Tensor, sequences: Items[Sequence]) -> Tensor:
 
     Args:
         logits: [N, V] float32.
+        askers: the sequence of each row, and the position that the token is for.
 
     Returns:
         [N] int64.
@@ -101,18 +134,18 @@ def sample(logits: Tensor, sequences: Items[Sequence]) -> Tensor:
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, device=logits.device)[:, None]
 
-    temperatures = column([s.params.temperature for s in sequences])
+    temperatures = column([s.params.temperature for s, _ in askers])
     # Subtracting the maximum first keeps a tiny temperature from overflowing.
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperatures
     probabilities, order = scaled.softmax(-1).sort(stable=True, dim=-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities
-    keep = before <= column([s.params.top_p for s in sequences])
+    keep = before <= column([s.params.top_p for s, _ in askers])
     vocabulary = logits.shape[-1]
-    top_k = column([float(s.params.top_k or vocabulary) for s in sequences])
+    top_k = column([float(s.params.top_k or vocabulary) for s, _ in askers])
     keep &= torch.arange(vocabulary, device=logits.device)[None] < top_k
     kept = probabilities * keep
     cumulative = kept.cumsum(-1)
-    draws = column([s.draw() for s in sequences]) * cumulative[:, -1:]
+    draws = column([s.draw(at) for s, at in askers]) * cumulative[:, -1:]
     # The first token whose cumulative probability exceeds the draw; rounding may leave none.
     places = (cumulative <= draws).sum(-1, keepdim=True).clamp(max=keep.sum(-1, keepdim=True) - 1)
-    return order.gather(-1, places)[:, 0]
+    return order.gather(-1, places.clamp(min=0))[:, 0]  # none is kept where logits are no numbers

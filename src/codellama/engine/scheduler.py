@@ -134,7 +134,8 @@ class Scheduler(Generic[JobT]):
             job = self._waiting.popleft()
             if job.state != "waiting":
                 continue
-            if self._is_being_computed(job):  # in a moment it can be shared
+            extend_digests(job.digests, job.tokens, self.pool.block_tokens)
+            if self.running and self._is_being_computed(job):  # in a moment it can be shared
                 passed.append(job)
                 continue
             self._share(job)
@@ -160,7 +161,6 @@ class Scheduler(Generic[JobT]):
 
     def _is_being_computed(self, job: JobT) -> bool:
         """Whether a running job is about to publish the next block that this one needs."""
-        extend_digests(job.digests, job.tokens, self.pool.block_tokens)
         n_usable = (len(job.tokens) - 1) // self.pool.block_tokens
         if not self._computing.intersection(job.digests[:n_usable]):
             return False

@@ -9,9 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from codellama.engine.sampling import SamplingParams
+from codellama.engine.scheduler import Job
 from codellama.tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from codellama.engine.speculate import Guesser
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Completion:
     prompt_tokens: int = 0
 
 
-class Sequence:
+class Sequence(Job):
     """One running generation: `accept` takes tokens until there is a `finish_reason`."""
 
     def __init__(
@@ -47,40 +52,56 @@ class Sequence:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens, the model's context {max_context}"
             )
-        self.prompt = list(prompt)
+        super().__init__(list(prompt))
+        self.n_prompt = len(prompt)
         self.params = params
-        self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish_reason: str | None = "length" if params.max_tokens == 0 else None
         self.text = ""
         """Everything that is certain to be in the result."""
         self._pending = ""
         """Decoded text that may turn out to begin a stop string."""
+        self.error: Exception | None = None
+        """What went wrong where nothing more can come; then it is finished too."""
+        self.guesser: Guesser | None = None
         self._random = random.Random(seed)
+        self._draws: list[float] = []
         self._stop_ids = frozenset(stop_ids)
         self._max_context = max_context
-        self._decoder = StreamDecoder(tokenizer, tokenizer.starts_text(self.prompt))
+        self._decoder = StreamDecoder(tokenizer, tokenizer.starts_text(self.tokens))
 
     @property
-    def n_tokens(self) -> int:
-        """Prompt and generated tokens."""
-        return len(self.prompt) + len(self.token_ids)
+    def token_ids(self) -> list[int]:
+        """Generated tokens."""
+        return self.tokens[self.n_prompt :]
 
-    def draw(self) -> float:
-        """The next uniform number in [0, 1) of this sequence alone."""
-        return self._random.random()
+    @property
+    def n_left(self) -> int:
+        """Tokens that may still be generated."""
+        n_generated = len(self.tokens) - self.n_prompt
+        return min(self.params.max_tokens - n_generated, self._max_context - len(self.tokens))
+
+    def draw(self, position: int) -> float:
+        """The uniform number in [0, 1) that decides about the token at a position.
+
+        It belongs to the position: guesses that fail and repeated computation change nothing.
+        """
+        number = position - self.n_prompt
+        while len(self._draws) <= number:
+            self._draws.append(self._random.random())
+        return self._draws[number]
 
     def accept(self, token: int, logprob: float) -> str:
         """Add a generated token and return the text that became certain with it."""
         if token in self._stop_ids:
             return self._finish("stop")
-        self.token_ids.append(token)
+        self.tokens.append(token)
         self.logprobs.append(logprob)
         self._pending += self._decoder.push(token)
         if (end := self._find_stop()) is not None:
             self._pending = self._pending[:end]
             return self._finish("stop", is_stop_string=True)
-        if len(self.token_ids) >= self.params.max_tokens or self.n_tokens >= self._max_context:
+        if self.n_left <= 0:
             return self._finish("length")
         return self._release(len(self._pending) - self._held_back())
 
@@ -89,15 +110,26 @@ class Sequence:
         if self.finish_reason is None:
             self._finish("cancelled")
 
+    def fail(self, error: Exception) -> None:
+        """End now, with an error instead of a result."""
+        self.error = error
+        self.finish_reason = "error"
+
     def completion(self) -> Completion:
-        """The result, once it is finished."""
+        """The result, once it is finished.
+
+        Raises:
+            Exception: what made it fail.
+        """
+        if self.error is not None:
+            raise self.error
         assert self.finish_reason is not None
         return Completion(
             self.text,
             tuple(self.token_ids),
             tuple(self.logprobs) if self.params.logprobs else None,
             self.finish_reason,
-            len(self.prompt),
+            self.n_prompt,
         )
 
     def _finish(self, reason: str, is_stop_string: bool = False) -> str:

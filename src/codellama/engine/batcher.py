@@ -1,0 +1,178 @@
+"""The batcher: runs everything that was submitted, step by step, in one thread.
+
+The thread lives as long as there is work. Callers in any thread submit a sequence, hear of news
+through a callback, and may cancel at any time; what fails, fails alone where it can. Sequences
+change only under the lock, which is never held during a forward pass.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from codellama.engine.runner import Chosen, Runner
+from codellama.engine.scheduler import Scheduler
+from codellama.engine.sequence import Completion, Sequence
+from codellama.engine.speculate import Speculator
+
+
+class Generation:
+    """A submitted sequence as its caller sees it."""
+
+    def __init__(
+        self, batcher: Batcher, sequence: Sequence, listener: Callable[[], object]
+    ) -> None:
+        self._batcher, self._sequence = batcher, sequence
+        self._listener = listener
+        self._n_read = 0
+
+    def read(self) -> tuple[str, bool]:
+        """The text that came since the last call, and whether that was all."""
+        with self._batcher.lock:
+            text = self._sequence.text[self._n_read :]
+            self._n_read += len(text)
+            return text, self._sequence.finish_reason is not None
+
+    def cancel(self) -> None:
+        """End it now, with what there is; its blocks are free at once."""
+        self._batcher.cancel([self])
+
+    def completion(self) -> Completion:
+        """The result, once all is read.
+
+        Raises:
+            Exception: what made it fail.
+        """
+        return self._sequence.completion()
+
+    @property
+    def sequence(self) -> Sequence:
+        """The engine's side of it."""
+        return self._sequence
+
+    def announce(self) -> None:
+        """Tell the caller that there is news."""
+        self._listener()
+
+
+class Batcher:
+    """Owns the scheduler and the thread that runs what it decides."""
+
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler[Sequence], speculator: Speculator
+    ) -> None:
+        self.lock = threading.RLock()
+        self.scheduler = scheduler
+        self._runner, self._speculator = runner, speculator
+        self._generations: dict[Sequence, Generation] = {}
+        self._streamed: set[Sequence] = set()
+        self._plan: list[tuple[Sequence, int]] = []
+        self._thread: threading.Thread | None = None
+
+    def submit(
+        self, sequence: Sequence, listener: Callable[[], object], every_step: bool
+    ) -> Generation:
+        """Queue a sequence.
+
+        Args:
+            listener: called, in the batcher's thread and under its lock, when the sequence is
+                finished; it must return at once and not raise.
+            every_step: call it after every step that brought text, too.
+
+        Raises:
+            ValueError: the sequence can never fit in the cache.
+        """
+        generation = Generation(self, sequence, listener)
+        with self.lock:
+            if sequence.finish_reason is not None:  # nothing was asked for
+                listener()
+                return generation
+            self.scheduler.add(sequence)
+            self._generations[sequence] = generation
+            if every_step:
+                self._streamed.add(sequence)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="codellama-engine")
+                self._thread.start()
+        return generation
+
+    def cancel(self, generations: Iterable[Generation] | None = None) -> None:
+        """End some generations, or all; those that are finished are left as they are."""
+        with self.lock:
+            if generations is None:
+                generations = list(self._generations.values())
+            for generation in generations:
+                if generation.sequence.finish_reason is None:
+                    generation.sequence.cancel()
+                    self._finish(generation.sequence)
+
+    def wait_until_idle(self) -> None:
+        """Return once the thread has ended."""
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _work(self) -> None:
+        """Run steps until nothing is left."""
+        while True:
+            self._plan = []
+            try:
+                if not self._step():
+                    return
+            except Exception as error:  # noqa: BLE001  whatever it is, its callers must hear of it
+                with self.lock:
+                    for sequence in [s for s, _ in self._plan] or list(self._generations):
+                        self._fail(sequence, error)
+
+    def _step(self) -> bool:
+        """Run one step; False, and the thread is to end, where there is nothing to run."""
+        with self.lock:
+            running = list(self.scheduler.running)
+        self._speculator.prepare(running)
+        with self.lock:
+            plan = self._plan = self.scheduler.schedule()
+            if not plan:
+                self._thread = None
+                return False
+            drafts = [len(sequence.draft) for sequence, _ in plan]
+        begin = time.perf_counter()
+        results = self._runner.run(plan)
+        duration_s = time.perf_counter() - begin
+        with self.lock:
+            for (sequence, n_tokens), result in zip(plan, results, strict=True):
+                sequence.draft = []
+                if isinstance(result, ValueError):
+                    self._fail(sequence, result)
+                elif sequence.state == "running":  # not cancelled meanwhile
+                    self._accept(sequence, n_tokens, result)
+            given = [[] if isinstance(result, ValueError) else result for result in results]
+            self._speculator.note(plan, drafts, given, duration_s)
+        return True
+
+    def _accept(self, sequence: Sequence, n_tokens: int, chosen: Chosen) -> None:
+        n_before = len(sequence.tokens)
+        n_chars = len(sequence.text)
+        for token, logprob in chosen:
+            sequence.accept(token, logprob)
+            if sequence.finish_reason is not None:
+                break
+        # All but the last of the new tokens were guesses: their keys are cached already.
+        n_guessed = max(0, len(sequence.tokens) - n_before - 1)
+        self.scheduler.advance(sequence, n_tokens + n_guessed)
+        if sequence.finish_reason is not None:
+            self._finish(sequence)
+        elif len(sequence.text) > n_chars and sequence in self._streamed:
+            self._generations[sequence].announce()
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        if sequence.finish_reason is None:
+            sequence.fail(error)
+            self._finish(sequence)
+
+    def _finish(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        self._streamed.discard(sequence)
+        generation = self._generations.pop(sequence, None)
+        if generation is not None:
+            generation.announce()
