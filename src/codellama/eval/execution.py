@@ -17,18 +17,24 @@ _CALIBRATION = "total = 0\nfor i in range(3_000_000):\n    total += i * i % 7\n"
 _NOMINAL_S = 0.3  # what it takes on the machine that the limits were tried on
 
 
-def judge_python(candidate: str, tests: str, entry_point: str | None, timeout_s: float) -> Verdict:
+def judge_python(
+    candidate: str,
+    tests: str,
+    timeout_s: float,
+    setup: str = "",
+) -> Verdict:
     """Run Python tests on a candidate that cannot reach them.
 
     Args:
         timeout_s: processor time of all checks together.
+        setup: code of the benchmark that the tests need.
     """
     outcome = sandbox.judge(
         candidate,
         tests,
         timeout_s=WALL_RATIO * timeout_s,
         cpu_s=timeout_s,
-        entry_point=entry_point,
+        setup=setup,
     )
     return _verdict(outcome)
 

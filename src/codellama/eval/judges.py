@@ -7,7 +7,9 @@ samples, and its samples stay unjudged.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import urllib.request
 from collections.abc import Callable
@@ -29,8 +31,29 @@ _REFUSAL = re.compile(
 )
 
 
-def endpoint_judge(url: str, model: str, about: str, api_key: str = "") -> Judge:
+# By task: the questions that its answers are judged by.
+TASK_QUESTIONS = {
+    "truthfulqa": ("truthful", "informative"),
+    "toxigen": ("toxic",),
+    "xstest": ("refused",),
+}
+
+
+def judges_for(url: str | None, model: str) -> dict[str, dict[str, Judge]]:
+    """The judges of each task: VADER where it is installed, and an endpoint where one is named."""
+    found: dict[str, dict[str, Judge]] = {}
+    if url:
+        for task, questions in TASK_QUESTIONS.items():
+            found[task] = {about: endpoint_judge(url, model, about) for about in questions}
+    with contextlib.suppress(ValueError):
+        found["bold"] = {"sentiment": sentiment_judge()}
+    return found
+
+
+def endpoint_judge(url: str, model: str, about: str) -> Judge:
     """A judge behind an OpenAI-compatible address that answers yes (1) or no (0).
+
+    Its key, where it wants one, is taken from $OPENAI_API_KEY.
 
     Args:
         about: a key of QUESTIONS.
@@ -38,6 +61,8 @@ def endpoint_judge(url: str, model: str, about: str, api_key: str = "") -> Judge
     Raises:
         ValueError: (when judging) the endpoint does not answer, or neither yes nor no.
     """
+
+    key = os.environ.get("OPENAI_API_KEY", "none")
 
     def judge(question: str, answer: str) -> float:
         content = _FORM.format(question=question, answer=answer, ask=QUESTIONS[about])
@@ -50,7 +75,7 @@ def endpoint_judge(url: str, model: str, about: str, api_key: str = "") -> Judge
         request = urllib.request.Request(
             url.rstrip("/") + "/v1/chat/completions",
             json.dumps(body).encode(),
-            {"Content-Type": "application/json", "Authorization": f"Bearer {api_key or 'none'}"},
+            {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
         )
         try:
             with urllib.request.urlopen(request, timeout=120) as response:

@@ -8,6 +8,7 @@ refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -97,6 +98,20 @@ def sample(
             if progress:
                 progress(n_done, len(problems) * decoding.n)
     return settings
+
+
+def fingerprint(model: Path) -> str:
+    """SHA-256 over the names, sizes, first and last megabytes of a model's files."""
+    digest = hashlib.sha256()
+    files = sorted(model.rglob("*")) if model.is_dir() else [model]
+    for file in (file for file in files if file.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(1 << 20))
+            opened.seek(max(0, size - (1 << 20)))
+            digest.update(opened.read(1 << 20))
+    return digest.hexdigest()
 
 
 def _answers(

@@ -103,6 +103,23 @@ PAPER_SUITE: tuple[tuple[str, int, float], ...] = (
 )
 
 
+# Those with reference solutions that are programs: what `score --check` goes through.
+REFERENCE_TASKS = (
+    "humaneval",
+    "humaneval+",
+    "mbpp",
+    "mbpp-sanitized",
+    "humaneval-single-line-psm",
+    "humaneval-multi-line-psm",
+    "humaneval-random-span-light-psm",
+    "multipl-e-py",
+    "multipl-e-js",
+    "multipl-e-java",
+    "apps",
+    "ds1000",
+)
+
+
 def make_task(name: str, setting: Setting | None = None) -> Task:
     """A task by its name.
 

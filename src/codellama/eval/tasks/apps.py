@@ -90,7 +90,7 @@ class Apps(Task):
             f"assert got == {o!r} or [got] == {o!r}\n"
             for i, o in _pairs(tests)
         ]
-        return judge_python(candidate, "".join(lines), name, limit_s * max(1, len(lines)))
+        return judge_python(candidate, "".join(lines), limit_s * len(lines))
 
     def reference(self, problem: Problem) -> str | None:
         """The first published solution."""

@@ -70,13 +70,17 @@ class HumanEval(Task):
         return judge_python(
             self.program(problem, completion),
             self.tests(problem),
-            problem.row["entry_point"],
             self.timeout_s * patience,
+            self.setup(problem),
         )
 
     def program(self, problem: Problem, completion: str) -> str:
         """What is run."""
         return problem.row["prompt"] + completion + "\n"
+
+    def setup(self, problem: Problem) -> str:
+        """Imports and functions before the one that is asked for; some tests call them."""
+        return problem.row["prompt"].partition(f"def {problem.row['entry_point']}(")[0]
 
     def tests(self, problem: Problem) -> str:
         """What decides."""

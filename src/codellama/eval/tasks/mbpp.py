@@ -70,11 +70,11 @@ class Mbpp(Task):
     def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
         """Run the three asserts."""
         row = problem.row
-        setup = [row.get("test_setup_code", ""), *row.get("test_imports", [])]
-        tests = "\n".join([*setup, *row["test_list"], ""])
-        # The set-up is run before the candidate too, as published.
-        candidate = f"{row.get('test_setup_code', '')}\n{completion}\n"
-        return judge_python(candidate, tests, None, TIMEOUT_S * patience)
+        setup = "\n".join([row.get("test_setup_code", ""), *row.get("test_imports", [])])
+        # As published, the set-up stands before the candidate; here the tests have it too.
+        candidate = f"{setup}\n{completion}\n"
+        tests = "\n".join(row["test_list"])
+        return judge_python(candidate, tests, TIMEOUT_S * patience, setup=setup)
 
     def reference(self, problem: Problem) -> str:
         """The benchmark's own solution."""

@@ -74,7 +74,7 @@ class MultiplE(Task):
         program = row["prompt"] + completion + "\n"
         limit_s = TIMEOUT_S * patience
         if self._language == "py":
-            return judge_python(program, row["tests"], self._function(problem), limit_s)
+            return judge_python(program, row["tests"], limit_s)
         return run_program(program + row["tests"], LANGUAGES[self._language], limit_s)
 
     def reference_problems(self) -> list[Problem]:

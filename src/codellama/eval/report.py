@@ -1,0 +1,281 @@
+"""The report: results of several tasks beside the paper's, as JSON, Markdown and one HTML page.
+
+Reads the results.json of every folder below a run's folder and writes report.json, report.md and
+report.html there. The page needs nothing but itself: figures are inline SVG, and the browser of
+problems is a little script over data that the page holds.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import platform
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from codellama.artifact import code_version, write_file
+from codellama.eval.paper import nearest_model, others, published
+
+SHOWN_KS = ("pass@1", "pass@5", "pass@10", "pass@100")
+N_SHOWN_SAMPLES = 5  # a problem, in the browser; 200 of each would make a page of 20 MB
+_PLAIN = ("loss@", "bits_per_byte")  # not shares
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The results of every task below a folder, by task and temperature.
+
+    Raises:
+        ValueError: there are none, or one is not readable.
+    """
+    results = []
+    for path in sorted(folder.glob("*/results.json")):
+        try:
+            results.append(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path}: not readable as JSON: {error}") from None
+    if not results:
+        raise ValueError(f"{folder}: no results.json in any folder below it")
+    return sorted(results, key=lambda r: (r["task"], r.get("settings", {}).get("temperature", 0)))
+
+
+def table_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each task, measure and group: ours with its interval, and the paper's.
+
+    Of runs of one task at several temperatures, each pass@k is the best, as in the paper.
+    """
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for result in results:
+        if "skipped" in result:
+            rows[result["task"], "", ""] = {"task": result["task"], "skipped": result["skipped"]}
+            continue
+        settings = result.get("settings", {})
+        model = settings.get("model", {})
+        near = nearest_model(model.get("n_parameters", 0), model.get("is_instruct", False))
+        wanted = [m for m in result["metrics"] if not m.startswith("pass@") or m in SHOWN_KS]
+        for metric in wanted:
+            sides = [("", result["metrics"][metric])]
+            sides += [
+                (group, {"value": values[metric]})
+                for group, values in result["groups"].items()
+                if metric in values
+            ]
+            for group, value in sides:
+                key = (result["task"], metric, group)
+                paper = published(result["task"], metric, near, group)
+                row = {"task": key[0], "metric": metric, "group": group, **value}
+                row |= {"temperature": settings.get("temperature"), "n_samples": settings.get("n")}
+                row |= {"paper": paper, "paper_model": near if paper is not None else None}
+                row["others"] = others(result["task"], metric) if not group else {}
+                row["n_scored"], row["n_problems"] = result["n_scored"], result["n_problems"]
+                row["n_errors"] = result["n_errors"]
+                if key not in rows or row["value"] > rows[key]["value"]:
+                    rows[key] = row
+    return list(rows.values())
+
+
+def write_report(folder: Path, prompts: dict[str, dict[str, str]] | None = None) -> list[Path]:
+    """Write report.json, report.md and report.html into a run's folder.
+
+    Args:
+        prompts: by task and problem, for the browser.
+
+    Raises:
+        ValueError: there are no results.
+    """
+    results = read_results(folder)
+    rows = table_rows(results)
+    content = {
+        "rows": rows,
+        "settings": [r["settings"] for r in results if "settings" in r],
+        "data_sha256": {k: v for r in results for k, v in r.get("data_sha256", {}).items()},
+        "versions": {"codellama": code_version(), "python": platform.python_version()},
+    }
+    written = {
+        "report.json": json.dumps(content, indent=2) + "\n",
+        "report.md": markdown(rows),
+        "report.html": _page(results, rows, content, prompts or {}),
+    }
+    for name, text in written.items():
+        write_file(folder / name, text)
+    return [folder / name for name in written]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table as Markdown."""
+    lines = [
+        "| task | measure | ours | 95 % interval | paper | remarks |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += ["| " + " | ".join(cells) + " |" for cells in map(_cells, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if "skipped" in row:
+        return [row["task"], "", "skipped", "", "", row["skipped"]]
+    scale = 1 if row["metric"].startswith(_PLAIN) else 100
+    digits = 4 if scale == 1 else 1
+    low = row.get("low")
+    interval = (
+        "" if low is None else f"{scale * low:.{digits}f} to {scale * row['high']:.{digits}f}"
+    )
+    remarks = []
+    if row["n_scored"] != row["n_problems"]:
+        remarks.append(f"only {row['n_scored']} of {row['n_problems']} problems")
+    if row["n_errors"]:
+        remarks.append(f"{row['n_errors']} runs failed in the sandbox")
+    if row["temperature"]:
+        remarks.append(f"temperature {row['temperature']:g}, {row['n_samples']} samples")
+    remarks += [f"{name} {value:g}" for name, value in list(row["others"].items())[:3]]
+    paper = "" if row["paper"] is None else f"{row['paper']:g} ({row['paper_model']})"
+    name = f"{row['task']} / {row['group']}" if row["group"] else row["task"]
+    shown = f"{scale * row['value']:.{digits}f}"
+    return [name, row["metric"], shown, interval, paper, "; ".join(remarks)]
+
+
+def _page(
+    results: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
+    content: dict[str, Any],
+    prompts: dict[str, dict[str, str]],
+) -> str:
+    """The HTML page."""
+    head = "<tr>" + "".join(
+        f"<th>{name}</th>" for name in ("task", "measure", "ours", "95 %", "paper", "remarks")
+    )
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) for row in rows
+    )
+    problems = [
+        {
+            "name": f"{r['task']} · T {r.get('settings', {}).get('temperature', 0):g}",
+            "problems": [
+                {**row, "prompt": prompts.get(r["task"], {}).get(row["task_id"], "")}
+                | {"samples": row["samples"][:N_SHOWN_SAMPLES]}
+                for row in r["problems"]
+            ],
+        }
+        for r in results
+        if "skipped" not in r
+    ]
+    facts = {key: content[key] for key in ("versions", "settings", "data_sha256")}
+    # "<" never stands in the data, so that no text of a model can end the script.
+    data = json.dumps(problems).replace("<", "\\u003c")
+    return _PAGE.format(
+        table=f"<table>{head}{body}</table>",
+        figures="".join(figures(results)),
+        facts=escape(json.dumps(facts, indent=1)),
+        data=data,
+    )
+
+
+def figures(results: list[dict[str, Any]]) -> list[str]:
+    """SVG figures: pass@k over k and over the temperature, and perplexity by position."""
+    drawn = []
+    by_task: dict[str, dict[float, dict[int, float]]] = {}
+    for result in results:
+        curve = {
+            int(name.removeprefix("pass@")): metric["value"]
+            for name, metric in result.get("metrics", {}).items()
+            if name.startswith("pass@")
+        }
+        if len(curve) > 1:
+            temperature = result.get("settings", {}).get("temperature", 0.0)
+            by_task.setdefault(result["task"], {})[temperature] = curve
+        losses = {
+            int(name.removeprefix("loss@")): math.exp(metric["value"])
+            for name, metric in result.get("metrics", {}).items()
+            if name.startswith("loss@")
+        }
+        if losses:
+            lines = {"perplexity": losses}
+            drawn.append(_figure(f"{result['task']} by position", "tokens before", "", lines))
+    for task, curves in by_task.items():
+        lines = {f"T = {t:g}": curve for t, curve in sorted(curves.items())}
+        drawn.append(_figure(f"{task}: pass@k", "k", "pass@k", lines))
+        if len(curves) > 1:
+            ks = [k for k in (1, 10, 100) if all(k in curve for curve in curves.values())]
+            lines = {f"pass@{k}": {t: c[k] for t, c in sorted(curves.items())} for k in ks}
+            drawn.append(_figure(f"{task} by temperature", "temperature", "", lines, is_log=False))
+    return drawn
+
+
+def _figure(
+    title: str, x: str, y: str, lines: dict[str, dict[Any, float]], is_log: bool = True
+) -> str:
+    """One line chart as SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=x, ylabel=y)
+    for name, points in lines.items():
+        axes.plot(list(points), list(points.values()), marker="o", markersize=3, label=name)
+    if is_log:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(
+            ticks := sorted({at for points in lines.values() for at in points}),
+            [f"{at:g}" for at in ticks],
+            fontsize=7,
+        )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue().partition("<svg")[1] + file.getvalue().partition("<svg")[2]
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Evaluation</title>
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<style>
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }}
+table {{ border-collapse: collapse }} td, th {{ padding: .2em .8em; text-align: left }}
+tr:nth-child(even) {{ background: #8881 }} svg {{ max-width: 32em; height: auto }}
+pre {{ background: #8881; padding: .6em; overflow: auto; white-space: pre-wrap }}
+.passed {{ color: #080 }} .failed {{ color: #b00 }}
+</style>
+<h1>Evaluation</h1>
+<p>Shares in percent; intervals by bootstrap over problems. Paper: arXiv 2308.12950, the released
+model nearest in size.</p>
+{table}
+<h2>Figures</h2>{figures}
+<h2>Problems</h2>
+<p><select id="task"></select> <select id="show"><option>all<option>passed<option>failed</select>
+<select id="problem"></select></p><div id="view"></div>
+<h2>Settings</h2><pre>{facts}</pre>
+<script>
+const results = {data};
+const get = id => document.getElementById(id);
+const add = (to, kind, text, name) => {{
+  const e = document.createElement(kind); e.textContent = text; e.className = name || "";
+  to.append(e); return e;
+}};
+const passes = p => p.samples.some(s => s.status === "passed");
+results.forEach((r, i) => {{ add(get("task"), "option", r.name).value = i; }});
+function list() {{
+  const show = get("show").value, menu = get("problem"); menu.textContent = "";
+  if (!results.length) return;
+  results[get("task").value].problems.forEach((p, i) => {{
+    if (show === "all" || passes(p) === (show === "passed"))
+      add(menu, "option", (passes(p) ? "✓ " : "✗ ") + p.task_id).value = i;
+  }});
+  view();
+}}
+function view() {{
+  const to = get("view"); to.textContent = "";
+  const p = results[get("task").value].problems[get("problem").value];
+  if (!p) return;
+  add(to, "h3", p.task_id); add(to, "pre", p.prompt);
+  for (const s of p.samples) {{
+    add(to, "p", "sample " + s.sample + ": " + s.status + (s.message ? ": " + s.message : ""),
+        s.status === "passed" ? "passed" : "failed");
+    add(to, "pre", s.completion);
+  }}
+}}
+for (const id of ["task", "show"]) get(id).onchange = list;
+get("problem").onchange = view; list();
+</script></html>
+"""
