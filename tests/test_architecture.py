@@ -32,7 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "weights": {"model", "tokenizer", "artifact"},
     "describe": {"weights", "model", "tokenizer"},
     "data": {"tokenizer", "recipe", "artifact"},
-    "train": {"model", "data", "tokenizer", "recipe", "artifact"},
+    "train": {"model", "data", "tokenizer", "weights", "recipe", "artifact"},
     "engine": MODEL_SIDE | {"recipe"},
     "selfinstruct": {"engine", "sandbox", "data", "tokenizer", "recipe", "artifact"},
     "eval": {"engine", "sandbox", "data", "tokenizer", "recipe", "artifact"},

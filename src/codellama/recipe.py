@@ -33,20 +33,45 @@ Positive = Annotated[int, Field(gt=0)]
 class Source(Section):
     """One place that documents come from."""
 
-    name: str
-    kind: Literal["stdlib", "installed", "pypi", "tree"] = "tree"
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    kind: Literal["stdlib", "installed", "pypi", "tree", "git", "archive", "parquet", "jsonl"] = (
+        "tree"
+    )
     """`stdlib`: this interpreter's library; `installed`: its site-packages; `pypi`: `packages`
-    fetched by name with pip, never installed or run; `tree`: the folder `path`."""
-    path: Path | None = None
+    fetched by name with pip, never installed or run; `tree`: a folder; `git`: a repository, bare or
+    not, as of its last commit; `archive`: .tar.gz, .tar.zst, .zip, .whl and their relatives;
+    `parquet` and `jsonl` (plain, .gz, .zst): one document a row."""
+    path: str | None = None
+    """A folder for `tree` and `git`; else a file, a pattern such as `data/*.jsonl.gz`, or a URL
+    that begins with s3://, gs://, hf:// or https://."""
     packages: tuple[str, ...] = ()
     """Packages to take; empty means all of them (not accepted by `pypi`)."""
+    languages: tuple[str, ...] = ("python",)
+    """What to take of a source of code; `all` is every language that is not data."""
+    content: Literal["code", "code-text", "text"] = "code"
+    """What the source holds: code (of which prose such as README.md is text about code), text about
+    code, or natural language; the latter two are taken whatever their language."""
+    columns: dict[str, str | tuple[str, ...]] = {"text": "text"}
+    """Columns of a table for text, path, repository, language and licence; several are joined by an
+    empty line, as for questions with answers."""
+    licence: str = "unknown"
+    """What holds where a document or its repository does not say."""
+    docstrings: bool = False
+    """Take long docstrings and comments of Python files as text about code, too."""
 
     @model_validator(mode="after")
     def _path_matches_kind(self) -> Source:
-        if (self.kind == "tree") != (self.path is not None):
-            raise ValueError('"path" is needed by kind = "tree" and refused by the other kinds')
+        if (self.kind not in ("stdlib", "installed", "pypi")) != (self.path is not None):
+            raise ValueError(
+                '"path" is needed by tree, git, archive, parquet and jsonl, and by no other kind'
+            )
         if self.kind == "pypi" and not self.packages:
             raise ValueError('kind = "pypi" needs "packages", a list of names')
+        known = ("text", "path", "repository", "language", "licence")
+        if wrong := set(self.columns) - set(known) or {"text"} - set(self.columns):
+            raise ValueError(
+                f"columns: {min(wrong)!r}: expected text and any of {', '.join(known)}"
+            )
         return self
 
 
@@ -59,8 +84,44 @@ class Filters(Section):
     max_mean_line_chars: Positive = 100
     min_alphanumeric_share: Share = 0.25
     max_data_share: Share = 0.5  # share of characters inside hexadecimal or base64 runs
+    parse_python: bool = True
+    """Drop Python that this interpreter does not accept, such as Python 2 and templates."""
     permissive_only: bool = True
     """Drop documents whose licence is known and is not permissive, and those without a licence."""
+    allowed_licences: tuple[str, ...] = ()
+    """SPDX names that are accepted besides the permissive ones, such as CC-BY-SA-4.0 for text."""
+    redact: bool = False
+    """Replace keys, tokens, passwords, e-mail and IP addresses by <KEY>, <EMAIL> and so on."""
+
+
+class NearDuplicates(Section):
+    """Documents that resemble each other; of each group of them one is kept."""
+
+    threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    """Estimated Jaccard similarity of the sets of n-grams from which two documents are alike."""
+    ngram: Positive = 5  # words; shorter ones make all Python alike, longer ones break at each edit
+    n_hashes: Positive = 256  # the estimate's standard deviation at 0.8 is then 0.025
+    n_bands: Positive = 32  # of 8 hashes: two documents alike by 0.8 share one with p = 0.997
+
+    @model_validator(mode="after")
+    def _bands_are_whole(self) -> NearDuplicates:
+        if self.n_hashes % self.n_bands:
+            raise ValueError(f"n_hashes = {self.n_hashes} is no multiple of n_bands")
+        return self
+
+
+class Benchmarks(Section):
+    """Test material that must not be trained on."""
+
+    paths: tuple[str, ...] = Field(min_length=1)
+    """Files or folders: .jsonl, .json, .csv, .txt, also with .gz; every text in them counts."""
+    action: Literal["drop", "cut"] = "drop"
+    """Drop a document with a hit, or cut the statements and paragraphs that hold it."""
+    ngram: Annotated[int, Field(ge=4)] = 10  # words, as in DeepSeek-Coder's filter
+    code_ngram: Annotated[int, Field(ge=10)] = 40
+    """Tokens of code whose names are not looked at; shorter runs are common in any program."""
+    coverage: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of the n-grams of a passage (100 words) that a document holds where it is a hit."""
 
 
 class Corpus(Section):
@@ -68,11 +129,27 @@ class Corpus(Section):
 
     sources: tuple[Source, ...] = Field(min_length=1)
     filters: Filters = Filters()
+    near_duplicates: NearDuplicates | None = None
+    """None finds exact duplicates only; an empty table means the defaults."""
+    against: tuple[str, ...] = ()
+    """Other corpora: what duplicates one of their documents is dropped."""
+    benchmarks: Benchmarks | None = None
     validation_share: Share = 0.02
     """Share of packages (by hash of the name) that are held out whole."""
     hold_out: tuple[str, ...] = ()
     """Packages that are always held out, whatever their hash."""
+    keep_rejects: bool = False
+    """Write what was dropped, with the reason, into rejects.parquet beside the shards."""
+    repositories: bool = False
+    """Also write a corpus of whole repositories in dependency order, for long contexts."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Corpus:
+        names = [source.name for source in self.sources]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"sources: the name {min(twice)!r} is there twice")
+        return self
 
 
 class TokenizerSettings(Section):
@@ -92,11 +169,28 @@ class ModelChoice(Section):
     overrides: dict[str, int | float | bool] = {}
 
 
+class Collection(Section):
+    """Documents of the corpus that a stage can weigh as one, or a file of dialogs."""
+
+    sources: tuple[str, ...] = ()
+    kinds: tuple[Literal["code", "code-text", "text"], ...] = ()
+    languages: tuple[str, ...] = ()
+    """A document belongs to the collection when it has one of the values of each; empty: any."""
+    dialogs: Path | None = None
+    """JSON lines with one {"messages": [...]} each, instead of documents of the corpus; learned
+    from are the answers."""
+
+
 class Stage(Section):
     """One training run of the cascade. Every stage is run by the same `train`."""
 
     init: str = "random"
     """`random`, the name of another stage of this recipe, or the path of a checkpoint."""
+    variant: str | None = None
+    """The released variant whose vocabulary the stage has (`7b-python` lacks the infilling pieces
+    of `7b`), where `tokenizer.path` is Llama 2's; None takes the vocabulary as it is."""
+    mixture: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Share of the tokens of each collection, on any scale; empty takes the whole corpus."""
     seq_len: Positive = 512
     steps: Positive
     batch_tokens: Positive
@@ -120,7 +214,14 @@ class Stage(Section):
     spm_share: Share = 0.5  # Code Llama paper 2.3
     rope_theta: Annotated[float, Field(gt=0)] | None = None
     """Replaces the model's rotary base in this stage and in what it writes."""
+    max_spike_sigmas: Annotated[float, Field(gt=0)] | None = None
+    """A step whose loss or gradient norm is so many standard deviations above the mean of the last
+    128 is not taken; None skips only what is not finite."""
+    deterministic: bool = False
+    """Refuse operations whose result changes from run to run (some do, on a GPU)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    recompute: Literal["none", "full"] = "none"
+    """`full` keeps only the input of each block for the backward pass and computes it again."""
     compile: bool = True
     seed: int = 0
     validate_every: Positive = 200
@@ -148,12 +249,18 @@ class Recipe(Section):
     corpus: Corpus
     tokenizer: TokenizerSettings = TokenizerSettings()
     model: ModelChoice
+    collections: dict[str, Collection] = {}
     stages: dict[str, Stage] = Field(min_length=1)
 
     @property
     def corpus_dir(self) -> Path:
         """Where `prepare` writes."""
         return self.work / "corpus"
+
+    @property
+    def repositories_dir(self) -> Path:
+        """Where `prepare` writes the corpus of whole repositories."""
+        return self.work / "corpus-repositories"
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -193,6 +300,18 @@ class Recipe(Section):
                 raise ValueError(f"recipe {self.name!r}: stages start from each other in a circle")
             order += ready
         return order
+
+    def ancestry(self, name: str) -> list[str]:
+        """A stage and the stages of this recipe that it comes from, the nearest first.
+
+        Raises:
+            ValueError: stages start from each other in a circle.
+        """
+        self.stage_order()
+        line = [name]
+        while (parent := self.stage(line[-1]).init) in self.stages:
+            line.append(parent)
+        return line
 
     def to_json(self) -> str:
         """The resolved recipe, as written into run folders."""
@@ -264,11 +383,14 @@ def _accepted_keys(location: tuple[int | str, ...]) -> list[str]:
         "corpus": Corpus,
         "sources": Source,
         "filters": Filters,
+        "near_duplicates": NearDuplicates,
+        "benchmarks": Benchmarks,
         "tokenizer": TokenizerSettings,
         "model": ModelChoice,
     }
-    if location[:1] == ("stages",):
-        return list(Stage.model_fields)  # what follows is a stage's name, which can be any word
+    if location[:1] in (("stages",), ("collections",)):
+        # What follows is a name, which can be any word.
+        return list((Stage if location[0] == "stages" else Collection).model_fields)
     named = [sections[part] for part in location if isinstance(part, str) and part in sections]
     return list((named[-1] if named else Recipe).model_fields)
 

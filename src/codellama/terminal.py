@@ -72,6 +72,25 @@ def say(line: str) -> None:
     print("codellama: " + " ".join(line.split()), file=sys.stderr, flush=True)
 
 
+def table(rows: list[dict[str, str]]) -> str:
+    """Rows of named cells as aligned columns; what looks like a number stands on the right."""
+    if not rows:
+        return ""
+    names = list(rows[0])
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
+    is_number = {
+        name: all(row[name][:1].isdecimal() or not row[name] for row in rows) for name in names
+    }
+    lines = [
+        "  ".join(
+            row[name].rjust(widths[name]) if is_number[name] else row[name].ljust(widths[name])
+            for name in names
+        ).rstrip()
+        for row in [dict(zip(names, names, strict=True)), *rows]
+    ]
+    return "\n".join(lines)
+
+
 def styled(text: str, style: str) -> str:
     """The text in DIM or BRIGHT where standard output shows colours, else as it is."""
     return f"\x1b[{style}m{text}\x1b[0m" if text and has_colours() else text

@@ -3,7 +3,7 @@
 import random
 from functools import partial
 
-from codellama.data.packing import PackingSettings
+from codellama.data.packing import PackingSettings, Share
 
 WORDS = ("def", "return", "for", "in", "x", "value", "self", "None", "0", "123", "(", "é", ":", "=")
 
@@ -58,5 +58,9 @@ def make_loader(documents, tokenizer, n_lanes=4, **options):
     place = {"n_workers": 0} | {name: options.pop(name) for name in names if name in options}
     settings = PackingSettings(**({"seq_len": 32, "fim_rate": 0.9} | options))
     return Loader(
-        partial(same, documents), partial(same, tokenizer), settings, n_lanes=n_lanes, **place
+        partial(same, [Share("texts", documents)]),
+        partial(same, tokenizer),
+        settings,
+        n_lanes=n_lanes,
+        **place,
     )

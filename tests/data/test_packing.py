@@ -9,14 +9,21 @@ from loader_inputs import TextList, make_texts
 from test_fim import parts_of
 
 from codellama.data.fim import split_document
-from codellama.data.packing import Lane, LaneState, PackingSettings, lanes_of_rank, part_limit
+from codellama.data.packing import (
+    Lane,
+    LaneState,
+    PackingSettings,
+    Share,
+    lanes_of_rank,
+    part_limit,
+)
 
 TEXTS = make_texts(60)
 
 
 def make_lane(tokenizer, texts=TEXTS, lane=0, n_lanes=1, state=None, **options):
     chosen = PackingSettings(**({"seq_len": 32, "fim_rate": 0.0} | options))
-    return Lane(TextList(texts), tokenizer, chosen, lane, n_lanes, state)
+    return Lane([Share("texts", TextList(texts))], tokenizer, chosen, lane, n_lanes, state)
 
 
 def documents_of(rows, tokenizer):
@@ -30,7 +37,7 @@ def documents_of(rows, tokenizer):
 def take(lane, n_turns):
     """Rows until so many documents are handed out, and those documents."""
     rows = []
-    while lane.state.turn < n_turns:
+    while sum(lane.state.turns) < n_turns:
         rows.append(lane.next_sequence())
     return rows, documents_of(rows, lane.tokenizer)[:n_turns]
 

@@ -83,7 +83,12 @@ def hinder(request: dict) -> None:
     def spoiled(parameters, limit):
         nonlocal calls
         calls += 1
+        if request.get("signal_at_gradient") == calls:
+            os.kill(os.getpid(), signal.SIGTERM)
         parameters = list(parameters)
+        if calls in request.get("spike_steps", ()):
+            for parameter in parameters:
+                parameter.grad.mul_(1000)
         if calls in request.get("nan_steps", ()):
             parameters[3].grad[0, 0] = float(request.get("instead", "nan"))
         return clip(parameters, limit)

@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 from projects import make_project, training_rows
 from safetensors.torch import load_file
 
-from codellama.data.loader import Batch
+from codellama.data.loader import Batch, Loader
+from codellama.data.mixture import open_mixture
+from codellama.data.packing import Lane
 from codellama.model.attention import causal
 from codellama.model.checkpoint import load_checkpoint
 from codellama.model.config import ModelConfig
@@ -20,7 +23,7 @@ from codellama.model.transformer import Transformer
 from codellama.recipe import load_recipe
 from codellama.tokenizer import Tokenizer
 from codellama.train import loop, train
-from codellama.train.loop import LossFunction
+from codellama.train.loop import LossFunction, packing_settings
 
 GOLDEN = Path(__file__).parent / "golden_loss.json"
 BFLOAT16 = ["stages.code.dtype=bfloat16"]
@@ -64,7 +67,15 @@ def work(tmp_path):
 def test_run_folder(unbroken):
     run = unbroken / "runs" / "code"
     assert {path.name for path in run.iterdir()} == {
-        *("recipe.json", "metrics.jsonl", "loss.png", "states", "checkpoint", "lock"),
+        *(
+            "recipe.json",
+            "metrics.jsonl",
+            "loss.png",
+            "states",
+            "checkpoint",
+            "lock",
+            "mixture.json",
+        ),
     }
     assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert [path.name for path in sorted((run / "states").iterdir())] == [
@@ -233,7 +244,7 @@ def test_second_trainer_is_refused(run_in_children, work):
     recipe = load_recipe(work / "recipe.toml")
     run_dir = recipe.run_dir("code")
     run_dir.mkdir(parents=True)
-    with loop._only_trainer(run_dir):
+    with loop.only_trainer(run_dir):
         (result,) = run_in_children(work, {})
     assert result["code"] == 1
     assert f"is being trained by process {os.getpid()} on " in result["log"]
@@ -312,30 +323,89 @@ def test_step_without_finite_gradient_is_skipped(run_in_children, work, instead)
     assert rows[4]["grad_norm"] is None  # NaN is no JSON
     assert "step 5 skipped" in last["log"]
     states = work / "runs" / "code" / "states"
-    before, between, after, later = (
-        load_file(states / f"step-{step:08d}" / "tensors.safetensors") for step in (4, 5, 6, 7)
+    assert not (states / "step-00000006").exists()
+    before, later = (
+        load_file(states / f"step-{step:08d}" / "tensors.safetensors") for step in (4, 7)
     )
-    for name in before:
-        assert torch.equal(before[name], between[name])
-        assert torch.equal(before[name], after[name])
-    assert not torch.equal(after["model.lm_head.weight"], later["model.lm_head.weight"])
+    assert later["step.lm_head.weight"] - before["step.lm_head.weight"] == 1
+    assert not torch.equal(before["model.lm_head.weight"], later["model.lm_head.weight"])
     assert all(torch.isfinite(tensor).all() for tensor in later.values())
 
 
-def test_run_stops_when_no_gradient_is_finite(run_in_children, work):
-    (result,) = run_in_children(work, {"nan_steps": list(range(4, 40))})
+def test_documents_of_a_skipped_step_are_recorded(run_in_children, work):
+    (result,) = run_in_children(work, {"nan_steps": [5]})
+    assert result["code"] == 0, result["log"]
+    (line,) = (work / "runs/code/skipped.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert row["step"] == 5
+    assert "gradient norm is nan" in row["reason"]
+    # The loader of an unbroken run hands out the same documents in its fifth batch.
+    recipe = load_recipe(work / "recipe.toml")
+    shares = open_mixture(recipe.corpus_dir, {}, {})
+    tokenizer, settings = Tokenizer.load(work / "tokenizer"), packing_settings(recipe.stage("code"))
+    wanted = []
+    for number in range(8):
+        lane = Lane(shares, tokenizer, settings, number, 8)
+        for _ in range(5):
+            lane.next_sequence()
+        wanted += lane.names
+    assert row["documents"] == wanted
+
+
+def test_run_goes_back_once_and_on_behind_the_data(run_in_children, work):
+    (result,) = run_in_children(work, {"nan_steps": list(range(8, 18))})
+    assert result["code"] == 0, result["log"]
+    assert "back to step 6, behind that data" in result["log"]
+    rows = training_rows(work)
+    assert [row["step"] for row in rows] == list(range(1, 25))
+    assert not any(row["skipped"] for row in rows)
+    manifest = json.loads((last_state(work) / "manifest.json").read_text())
+    n_batches = 7 + 10 + (24 - 6)  # steps 1 to 7, ten skipped, then 7 to 24 once more
+    recipe = load_recipe(work / "recipe.toml")
+    settings = packing_settings(recipe.stage("code"))
+    shares = partial(open_mixture, recipe.corpus_dir, {}, {})
+    tokenizer = partial(Tokenizer.load, work / "tokenizer")
+    with Loader(shares, tokenizer, settings, n_lanes=8, n_workers=0) as loader:
+        for _ in range(n_batches):
+            next(loader)
+        assert json.loads(json.dumps(loader.state_dict())) == manifest["position"]["loader"]
+
+
+def test_a_run_that_goes_back_resumes_to_the_bit(run_in_children, work, tmp_path):
+    bad = list(range(8, 18))
+    (whole,) = run_in_children(work, {"nan_steps": bad})
+    other = tmp_path / "other"
+    other.mkdir()
+    make_project(other)
+    # Ten batches are skipped, one step is taken behind them, then the process is killed.
+    killed, last = run_in_children(other, {"nan_steps": bad, "kill": ["step", 9]}, {})
+    assert (whole["code"], killed["code"], last["code"]) == (0, -signal.SIGKILL, 0)
+    assert losses(other) == losses(work)
+    assert weights(other) == weights(work)
+
+
+def test_run_stops_when_going_back_does_not_help(run_in_children, work):
+    (result,) = run_in_children(work, {"nan_steps": list(range(4, 60))})
     assert result["code"] == 1
-    assert "10 steps in a row without a finite gradient" in result["log"]
-    assert len(training_rows(work)) == 12
+    assert "back to step 3" in result["log"]
+    assert "10 steps in a row not taken: gradient norm is nan" in result["log"]
     state = load_file(last_state(work) / "tensors.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
 
+def test_a_spike_is_skipped(run_in_children, work):
+    overrides = ["stages.code.steps=48", "stages.code.max_spike_sigmas=8"]
+    (result,) = run_in_children(work, {"spike_steps": [40], "overrides": overrides})
+    assert result["code"] == 0, result["log"]
+    assert [row["step"] for row in training_rows(work) if row["skipped"]] == [40]
+    assert "standard deviations above" in result["log"]
+
+
 def test_run_that_skipped_all_its_steps_resumes(run_in_children, work):
-    killed, last = run_in_children(
-        work, {"nan_steps": [1, 2, 3, 4], "kill": ["step", 2]}, {"kill": ["step", 3]}
+    stopped, last = run_in_children(
+        work, {"nan_steps": [1, 2, 3, 4], "signal_at_gradient": 3}, {"kill": ["step", 3]}
     )
-    assert killed["code"] == -signal.SIGKILL
+    assert stopped["code"] == 7
     assert "resumed at step 3" in last["log"]
     assert last["code"] == -signal.SIGKILL
 

@@ -11,8 +11,12 @@ import typer
 from codellama import terminal
 from codellama.commands.options import (
     Device,
+    Devices,
     DryRun,
+    Grid,
+    Hardware,
     Json,
+    Mfu,
     Model,
     Overrides,
     RecipeFile,
@@ -40,32 +44,64 @@ def train(
     device: Device = "cpu",
     workers: Workers = 1,
     dry_run: DryRun = False,
+    hardware: Hardware = None,
+    devices: Devices = 1,
+    mfu: Mfu = None,
+    grid: Grid = None,
+    as_json: Json = False,
 ) -> None:
     """Run one stage, or continue it where it was interrupted."""
     loaded = read_recipe(recipe, overrides)
     if stage is None and len(loaded.stages) > 1:
         raise typer.BadParameter(f"one of {', '.join(loaded.stages)}", param_hint="--stage")
     stage = stage or next(iter(loaded.stages))
-    try:
-        loaded.stage(stage)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--stage") from None
-    _train(loaded, [stage], device, workers, dry_run)
+    _check_stage(loaded, stage, "--stage")
+    if dry_run:
+        _print_plan(loaded, [stage], hardware, devices, mfu, grid, as_json)
+    else:
+        _train(loaded, [stage], device, workers)
 
 
 def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only this stage (may be repeated).")
+    ] = None,
+    begin: Annotated[
+        str | None, typer.Option("--from", help="This stage and all that start from it.")
+    ] = None,
     device: Device = "cpu",
     workers: Workers = 1,
     dry_run: DryRun = False,
+    hardware: Hardware = None,
+    devices: Devices = 1,
+    mfu: Mfu = None,
+    grid: Grid = None,
+    as_json: Json = False,
 ) -> None:
-    """From raw source code to trained checkpoints: prepare, then every stage in order."""
+    """From raw source code to trained checkpoints: prepare, then every stage in order.
+
+    Stages that are finished are skipped, one that was interrupted continues.
+    """
     loaded = read_recipe(recipe, overrides)
+    for name in [*(only or []), *([begin] if begin else [])]:
+        _check_stage(loaded, name, "--only" if only and name in only else "--from")
     stages = loaded.stage_order()
-    if not dry_run:
-        _prepare(loaded)
-    _train(loaded, stages, device, workers, dry_run)
+    if begin is not None:
+        stages = [name for name in stages if begin in loaded.ancestry(name)]
+    if only:
+        stages = [name for name in stages if name in only]
+    if dry_run:
+        _print_plan(loaded, stages, hardware, devices, mfu, grid, as_json)
+        return
+    _prepare(loaded)
+    if not _train(loaded, stages, device, workers):
+        return
+    from codellama.train.report import stage_table
+
+    table = stage_table(loaded)
+    print(json.dumps(table) if as_json else terminal.table(table))
 
 
 def tokenizer_train(recipe: RecipeFile, overrides: Overrides = None) -> None:
@@ -109,13 +145,15 @@ def _prepare(recipe: Recipe) -> None:
     print(prepare_tokenizer(recipe))
 
 
-def _train(recipe: Recipe, stages: list[str], device: str, workers: int, dry_run: bool) -> None:
-    """Run stages one after the other, or print what they would cost."""
-    if dry_run:
-        from codellama.train.plan import plan
+def _check_stage(recipe: Recipe, name: str, option: str) -> None:
+    try:
+        recipe.stage(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
-        print(json.dumps([plan(recipe, stage) for stage in stages], indent=2))
-        return
+
+def _train(recipe: Recipe, stages: list[str], device: str, workers: int) -> bool:
+    """Run stages one after the other; whether all of them came to their end."""
     check_device(device)
     from codellama.train import TrainingStopped, train
 
@@ -124,6 +162,28 @@ def _train(recipe: Recipe, stages: list[str], device: str, workers: int, dry_run
             print(train(recipe, stage, device, workers))
     except TrainingStopped as stopped:
         terminal.say(str(stopped))
+        return False
+    return True
+
+
+def _print_plan(
+    recipe: Recipe,
+    stages: list[str],
+    hardware: str | None,
+    n_devices: int,
+    mfu: float | None,
+    grid: float | None,
+    as_json: bool,
+) -> None:
+    """What stages would cost, as a table or as JSON with all details."""
+    from codellama.train.plan import GRID_KG_PER_KWH, plan, plan_table
+
+    factor = GRID_KG_PER_KWH if grid is None else grid
+    try:
+        plans = [plan(recipe, stage, hardware, n_devices, mfu, factor) for stage in stages]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    print(json.dumps(plans, indent=2) if as_json else terminal.table(plan_table(plans)))
 
 
 def _tokenizer(model: str | None) -> Tokenizer:

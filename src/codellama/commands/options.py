@@ -52,6 +52,17 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and its cost.")]
+Hardware = Annotated[
+    str | None, typer.Option(help="With --dry-run: a100 or h100; this machine by default.")
+]
+Devices = Annotated[int, typer.Option(min=1, help="With --dry-run: how many of them.")]
+Mfu = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001, max=1, help="With --dry-run: share of the matrix rate that is reached."
+    ),
+]
+Grid = Annotated[float | None, typer.Option(min=0, help="With --dry-run: kg of CO2 for each kWh.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that tokenise ahead.")]
 
 

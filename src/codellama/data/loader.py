@@ -4,7 +4,8 @@ Its state is a small plain value, one LaneState for each sequence of the global 
 the last batch that was handed out; what workers (see worker.py) computed beyond it is computed
 again. A new process that loads the state continues with the batch that would have come next.
 
-In: a corpus folder's documents (see packing.py). Out: Batch, every field [B, T].
+In: collections of documents with their shares (packing.py, mixture.py). Out: Batch, each field
+[B, T].
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codellama.data.packing import Documents, LaneState, PackingSettings, lanes_of_rank
+from codellama.data.packing import LaneState, PackingSettings, Share, lanes_of_rank
 from codellama.data.worker import Rows, steps, work
 from codellama.tokenizer import Tokenizer
 
@@ -49,14 +50,14 @@ class Loader:
     """An endless iterator of one rank's batches.
 
     Args:
-        open_documents, open_tokenizer: called in every worker; must be picklable.
+        open_mixture, open_tokenizer: called in every worker; must be picklable.
         n_lanes: sequences of the global batch.
         n_workers: processes that compute ahead; 0 computes in this one.
     """
 
     def __init__(
         self,
-        open_documents: Callable[[], Documents],
+        open_mixture: Callable[[], Sequence[Share]],
         open_tokenizer: Callable[[], Tokenizer],
         settings: PackingSettings,
         n_lanes: int,
@@ -64,12 +65,13 @@ class Loader:
         world_size: int = 1,
         n_workers: int = 1,
     ) -> None:
-        self._open = (open_documents, open_tokenizer)
+        self._open = (open_mixture, open_tokenizer)
         self._settings = settings
         self._n_lanes = n_lanes
         self._own = list(lanes_of_rank(n_lanes, rank, world_size))
         self._n_workers = min(n_workers, len(self._own))
-        self._states = [LaneState()] * n_lanes
+        self.states = [LaneState()] * n_lanes
+        """Where all lanes stand behind the last batch; those of other ranks are as loaded."""
         self._workers: list[tuple[Any, Any]] = []
         # Also when the loader is never closed: at exit Python would send the workers a SIGTERM,
         # which they do not see, and wait for them.
@@ -80,7 +82,7 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where this rank's lanes stand, as plain lists; those of other ranks are as loaded."""
-        return {"n_lanes": self._n_lanes, "lanes": [list(state) for state in self._states]}
+        return {"n_lanes": self._n_lanes, "lanes": [list(state) for state in self.states]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue behind the batch after which `state` was taken.
@@ -94,7 +96,10 @@ class Loader:
                 f"this run has {self._n_lanes}; keep batch_tokens / seq_len"
             )
         self.close()
-        self._states = [LaneState(*lane) for lane in state["lanes"]]
+        self.states = [
+            LaneState(tuple(turns), tuple(tokens), offset)
+            for turns, tokens, offset in state["lanes"]
+        ]
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -108,7 +113,7 @@ class Loader:
         if not is_first:  # the first one waits for the workers to start
             self.stall_s += time.perf_counter() - begin
         for lane in self._own:
-            self._states[lane] = rows[lane][1]
+            self.states[lane] = rows[lane][1]
         columns = zip(*(rows[lane][0] for lane in self._own), strict=True)
         return Batch(*(torch.from_numpy(np.stack(column)) for column in columns))
 
@@ -124,7 +129,7 @@ class Loader:
         self.close()
 
     def _inline(self) -> Iterator[Rows]:
-        return steps(self._open, self._settings, self._own, self._n_lanes, self._states)
+        return steps(self._open, self._settings, self._own, self._n_lanes, self.states)
 
     def _from_workers(self) -> Iterator[Rows]:
         """Start the workers, each with every n-th lane, and merge what they send."""
@@ -136,7 +141,7 @@ class Loader:
             for worker in range(self._n_workers):
                 receiver, sender = context.Pipe(duplex=False)
                 lanes = self._own[worker :: self._n_workers]
-                arguments = (sender, self._open, self._settings, lanes, self._n_lanes, self._states)
+                arguments = (sender, self._open, self._settings, lanes, self._n_lanes, self.states)
                 process = context.Process(target=work, args=arguments, daemon=True)
                 process.start()
                 sender.close()  # so that the pipe ends when the worker does, whatever kills it

@@ -2,16 +2,20 @@
 
 A global batch of B sequences is B lanes. Lane b takes documents b, b + B, b + 2B, ... of an endless
 shuffled order, packs them, and yields one sequence each step. So the position of the whole loader
-is three small numbers a lane, any rank or worker can compute any lane alone, and the global batch
+is a few small numbers a lane, any rank or worker can compute any lane alone, and the global batch
 is the same at every world size.
+
+Of several collections (mixture.py) each has its own order, and a lane takes its next document from
+the one that is furthest behind its share of the lane's tokens.
 
 A document that fits whole into what remains of its context may be transformed for infilling; one
 that is cut across contexts never is (paper 2.3). Each is wrapped in BOS and EOS (the paper does not
-say). Numpy only, like worker.py, which runs it.
+say). A dialog comes with the ids to learn from. Numpy only, like worker.py, which runs it.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,20 +26,30 @@ import numpy as np
 
 from codellama.data.fim import split_document, transform
 from codellama.tokenizer import Tokenizer
+from codellama.tokenizer.chat import dialog_example
 
 
 class Documents(Protocol):
-    """What packing needs of a corpus."""
+    """What packing needs of a collection of documents."""
 
     def __len__(self) -> int: ...
 
     def text(self, index: int) -> str:
-        """The text of a document."""
+        """The text of a document; of a dialog, its messages as JSON."""
         ...
 
     def sha256(self, index: int) -> str:
         """A name of the document that does not depend on its place."""
         ...
+
+
+class Share(NamedTuple):
+    """One collection of a mixture."""
+
+    name: str
+    documents: Documents
+    weight: float = 1.0
+    are_dialogs: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,10 +67,21 @@ class PackingSettings:
 class LaneState(NamedTuple):
     """Where a lane stands: the next token to hand out."""
 
-    turn: int = 0
-    """How many documents the lane has finished."""
+    turns: tuple[int, ...] = ()
+    """How many documents of each collection the lane has finished."""
+    tokens: tuple[int, ...] = ()
+    """How many tokens they had."""
     offset: int = 0
     """How many tokens of the current document are handed out; only a cut one has an offset."""
+
+
+class Encoded(NamedTuple):
+    """The ids of a document, BOS and EOS included."""
+
+    name: str
+    ids: list[int]
+    learn: list[bool] | None = None
+    """Which ids to learn; None for all."""
 
 
 class PackedSequence(NamedTuple):
@@ -70,77 +95,108 @@ class PackedSequence(NamedTuple):
 
 
 class Lane:
-    """An endless stream of packed sequences, resumable from a LaneState."""
+    """An endless stream of packed sequences, resumable from a LaneState.
+
+    Raises:
+        ValueError: a collection has no documents; names it.
+    """
 
     def __init__(
         self,
-        documents: Documents,
+        mixture: Sequence[Share],
         tokenizer: Tokenizer,
         settings: PackingSettings,
         lane: int,
         n_lanes: int,
         state: LaneState | None = None,
     ) -> None:
-        if len(documents) == 0:
-            raise ValueError("the corpus has no documents in this split")
-        self.documents = documents
+        for share in mixture:
+            if len(share.documents) == 0:
+                raise ValueError(f"{share.name} has no documents in this split")
+        self.mixture = mixture
         self.tokenizer = tokenizer
         self.settings = settings
         self.lane = lane
         self.n_lanes = n_lanes
-        self.state = state or LaneState()
-        self._cut: list[int] = []  # ids of the document that `offset` points into
+        zeros = (0,) * len(mixture)
+        self.state = state if state and state.turns else LaneState(zeros, zeros)
+        self.names: list[str] = []
+        """The documents of the last sequence, each as seed/epoch/sha256."""
+        self._cut: Encoded | None = None  # the document that `offset` points into
         if self.state.offset:
-            self._cut = self._plain_ids(self._document()[1])
+            self._cut = self._whole()
 
     def next_sequence(self) -> PackedSequence:
         """Pack the next `seq_len` tokens and move the state behind them."""
         n_tokens = self.settings.seq_len
         types = (np.int64, np.int64, np.bool_, np.int64, np.int64)
         row = PackedSequence(*(np.zeros(n_tokens, dtype) for dtype in types))
+        self.names = []
         filled = document = 0
         while filled < n_tokens:
             n_remaining = n_tokens - filled
+            current = self._cut or self._next(n_remaining)
+            self.names.append(current.name)
             begin = self.state.offset  # one more than fits, for the last target
-            ids = self._cut[begin : begin + n_remaining + 1] or self._next_ids(n_remaining)
+            ids = current.ids[begin : begin + n_remaining + 1]
             taken = min(len(ids), n_remaining)
             following = ids[1 : taken + 1]
-            end = filled + taken
+            end, last = filled + taken, filled + len(following)
             row.tokens[filled:end] = ids[:taken]
-            row.targets[filled : filled + len(following)] = following
-            row.loss_mask[filled : filled + len(following)] = True
+            row.targets[filled:last] = following
+            row.loss_mask[filled:last] = True
+            if current.learn is not None:
+                row.loss_mask[filled:last] = current.learn[begin + 1 : begin + 1 + len(following)]
             row.document_ids[filled:end] = document
             row.positions[filled:end] = np.arange(taken)
-            self._advance(ids, taken)
+            self._advance(current, taken)
             filled = end
             document += 1
         return row
 
-    def _advance(self, ids: list[int], taken: int) -> None:
-        """Move the state behind `taken` of the ids that were left of the current document."""
-        turn, offset = self.state
-        if taken < len(ids):
-            self._cut = self._cut or ids
-            self.state = LaneState(turn, offset + taken)
-        else:
-            self._cut = []
-            self.state = LaneState(turn + 1)
+    def _advance(self, current: Encoded, taken: int) -> None:
+        """Move the state behind `taken` more ids of the current document."""
+        turns, tokens, offset = self.state
+        if offset + taken < len(current.ids):
+            self._cut = current
+            self.state = LaneState(turns, tokens, offset + taken)
+            return
+        chosen = self._chosen()
+        self._cut = None
+        self.state = LaneState(
+            tuple(n + (i == chosen) for i, n in enumerate(turns)),
+            tuple(n + len(current.ids) * (i == chosen) for i, n in enumerate(tokens)),
+        )
 
-    def _next_ids(self, n_remaining: int) -> list[int]:
-        """The ids of the document that is next, transformed if it fits and is drawn."""
-        name, text = self._document()
-        ids = self._plain_ids(text)
+    def _chosen(self) -> int:
+        """The collection that is furthest behind its share of the finished tokens."""
+        total = sum(share.weight for share in self.mixture)
+        done = sum(self.state.tokens) + 1
+        behind = [
+            share.weight / total * done - n
+            for share, n in zip(self.mixture, self.state.tokens, strict=True)
+        ]
+        return behind.index(max(behind))
+
+    def _next(self, n_remaining: int) -> Encoded:
+        """The document that is next, transformed if it fits and is drawn."""
+        whole = self._whole()
         settings = self.settings
-        if len(ids) <= n_remaining and settings.fim_rate > 0:
+        if whole.learn is None and len(whole.ids) <= n_remaining and settings.fim_rate > 0:
+            name, text = self._document()
             middle_out = transform(
                 self.tokenizer, text, random.Random(name), settings.fim_rate, settings.spm_share
             )
             if middle_out is not None and len(middle_out) + 2 <= n_remaining:
-                return [self.tokenizer.bos_id, *middle_out, self.tokenizer.eos_id]
-        return ids
+                return Encoded(name, [self.tokenizer.bos_id, *middle_out, self.tokenizer.eos_id])
+        return whole
 
-    def _plain_ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, bos=True, eos=True)
+    def _whole(self) -> Encoded:
+        """The current document as it is."""
+        name, text = self._document()
+        if self.mixture[self._chosen()].are_dialogs:
+            return Encoded(name, *dialog_example(self.tokenizer, json.loads(text)))
+        return Encoded(name, self.tokenizer.encode(text, bos=True, eos=True))
 
     def _document(self) -> tuple[str, str]:
         """(seed of its random draws, text) of the lane's current document.
@@ -149,16 +205,17 @@ class Lane:
         at once would fill a lane with one file for many steps: gradients of neighbouring steps
         would be alike, and validation suffers (docs/experiments.md).
         """
-        settings = self.settings
-        epoch, place = divmod(self.lane + self.state.turn * self.n_lanes, len(self.documents))
-        index = place
+        settings, chosen = self.settings, self._chosen()
+        documents = self.mixture[chosen].documents
+        turn = self.state.turns[chosen]
+        epoch, index = divmod(self.lane + turn * self.n_lanes, len(documents))
         if settings.shuffle:
-            index = int(_permutation(settings.seed, epoch, len(self.documents))[place])
-        sha256 = self.documents.sha256(index)
+            index = int(_permutation(settings.seed, epoch, len(documents))[index])
+        sha256, text = documents.sha256(index), documents.text(index)
+        if self.mixture[chosen].are_dialogs:
+            return f"{settings.seed}/{epoch}/{sha256}", text
         rng = random.Random(f"{settings.seed}/{sha256}")
-        parts = split_document(
-            self.documents.text(index), part_limit(settings.max_document_chars, rng)
-        )
+        parts = split_document(text, part_limit(settings.max_document_chars, rng))
         first = rng.randrange(len(parts))
         return f"{settings.seed}/{epoch}/{sha256}", parts[(first + epoch) % len(parts)]
 
@@ -172,7 +229,7 @@ def part_limit(max_chars: int | None, rng: random.Random) -> int | None:
     return max_chars and max(1, round(max_chars * 8 ** -rng.random()))
 
 
-@lru_cache(maxsize=4)  # the lanes of a worker can be in two epochs at once
+@lru_cache(maxsize=16)  # the lanes of a worker can be in two epochs of each collection
 def _permutation(seed: int, epoch: int, n_documents: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n_documents)
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 
-from codellama.data.packing import Documents, Lane, LaneState, PackedSequence, PackingSettings
+from codellama.data.packing import Lane, LaneState, PackedSequence, PackingSettings, Share
 from codellama.tokenizer import Tokenizer
 
-Openers = tuple[Callable[[], Documents], Callable[[], Tokenizer]]
+Openers = tuple[Callable[[], Sequence[Share]], Callable[[], Tokenizer]]
 Rows = dict[int, tuple[PackedSequence, LaneState]]
 
 STEPS_AHEAD = 8
@@ -31,8 +31,8 @@ def steps(
     states: list[LaneState],
 ) -> Iterator[Rows]:
     """For each step: every own lane's row and the lane's state behind it."""
-    documents, tokenizer = openers[0](), openers[1]()
-    lanes = [Lane(documents, tokenizer, settings, lane, n_lanes, states[lane]) for lane in own]
+    mixture, tokenizer = openers[0](), openers[1]()
+    lanes = [Lane(mixture, tokenizer, settings, lane, n_lanes, states[lane]) for lane in own]
     while True:
         yield {lane.lane: (lane.next_sequence(), lane.state) for lane in lanes}
 

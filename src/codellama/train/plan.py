@@ -1,33 +1,134 @@
-"""What a stage will cost, worked out before anything runs."""
+"""What a stage will cost, worked out before anything runs: tokens, memory, hours, energy, CO2.
+
+Everything follows from the recipe; nothing is loaded, and nothing measured but the matrix rate
+of this machine where no other hardware is named.
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from codellama.model.checkpoint import DTYPES
 from codellama.model.config import ModelConfig
-from codellama.recipe import Recipe
+from codellama.recipe import Recipe, Stage
+from codellama.tokenizer.variants import VARIANTS
+from codellama.train.loss import CHUNK_TOKENS
 from codellama.train.metrics import matrix_flops_per_s
 
-ASSUMED_MFU = 0.2  # of the measured matrix rate; seen with `tiny` on two cores
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device: dense bfloat16 matrix rate, the share of it that training reaches, and power."""
+
+    name: str
+    flops_per_s: float
+    mfu: float
+    watts: float
 
 
-def plan(recipe: Recipe, stage_name: str) -> dict[str, Any]:
-    """Parameters, tokens, FLOPs, memory and hours of a stage on this machine.
+# Data sheets for rates and power. 45% is what large dense models reach without special care.
+HARDWARE = {
+    device.name: device
+    for device in (
+        Hardware("a100", 312e12, 0.45, 400),  # the power that the paper assumes (its table 26)
+        Hardware("h100", 989e12, 0.45, 700),
+    )
+}
+CPU_MFU, CPU_WATTS = 0.2, 100.0  # `tiny` on two cores; the watts are a guess for a small server
+# kg of CO2 for each kWh: what the paper's 228.55 t over 1.4 million hours at 400 W come to.
+GRID_KG_PER_KWH = 0.408
 
-    Memory counts weights, gradients and both moments in float32; activations come on top.
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, by part, when the state is sharded over `n_devices`."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    low_precision_weights: float
+    activations: float
+    loss: float
+
+    @property
+    def total(self) -> float:
+        """All parts together."""
+        return sum(asdict(self).values())
+
+
+def activation_bytes_per_token(config: ModelConfig, recompute: str) -> float:
+    """What backward needs of one token's forward pass.
+
+    A block keeps the two residual inputs of its norms in float32, and in bfloat16 both normed
+    inputs, q, k, v, what attention gives, and gate, up and their product. Recomputing keeps the
+    input of each block, and the rest of one block at a time.
+    """
+    d, f, n_layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    kv_width = config.num_key_value_heads * config.head_dim
+    block = 2 * 4 * d + 2 * (2 * d + d + 2 * kv_width + d + 3 * f) + 4 * config.num_attention_heads
+    if recompute == "full":
+        return n_layers * 4 * d + block
+    return n_layers * block
+
+
+def memory(
+    config: ModelConfig, stage: Stage, n_devices: int = 1, recompute: str | None = None
+) -> Memory:
+    """Bytes on each of `n_devices` that shard weights, gradients and optimiser.
+
+    Args:
+        recompute: instead of the stage's setting.
+    """
+    n_params = config.n_params
+    n_tokens = stage.micro_batch * stage.seq_len
+    low = 2 if stage.dtype == "bfloat16" else 0
+    # Sharded, a device gathers one block at a time, and the next while it works on that one.
+    gathered = n_params if n_devices == 1 else 2 * n_params / config.num_hidden_layers
+    chunk = min(CHUNK_TOKENS, n_tokens)
+    return Memory(
+        weights=4 * n_params / n_devices,
+        gradients=4 * n_params / n_devices,
+        optimizer=8 * n_params / n_devices,
+        low_precision_weights=low * gathered,
+        activations=n_tokens * activation_bytes_per_token(config, recompute or stage.recompute),
+        # Hidden states with their gradient; logits, probabilities and gradient of a chunk.
+        loss=n_tokens * 12 * config.hidden_size + chunk * 10 * config.vocab_size,
+    )
+
+
+def plan(
+    recipe: Recipe,
+    stage_name: str,
+    hardware: str | None = None,
+    n_devices: int = 1,
+    mfu: float | None = None,
+    grid_kg_per_kwh: float = GRID_KG_PER_KWH,
+) -> dict[str, Any]:
+    """What a stage needs: tokens, steps, batch layout, memory, FLOPs, hours, energy and CO2.
+
+    Args:
+        hardware: a name of HARDWARE; None is this machine, whose matrix rate is measured.
 
     Raises:
-        ValueError: no such stage or model.
+        ValueError: no such stage, model or hardware, or sequences do not divide over the devices.
     """
     stage = recipe.stage(stage_name)
-    config = ModelConfig.named(recipe.model.name).replace(**recipe.model.overrides)
+    config = planned_config(recipe, stage)
+    device = _this_machine(stage) if hardware is None else _named(hardware)
+    n_sequences = stage.batch_tokens // stage.seq_len
+    if n_sequences % (n_devices * stage.micro_batch):
+        raise ValueError(
+            f"stages.{stage_name}: {n_sequences} sequences a batch do not divide over {n_devices} "
+            f"devices x micro_batch {stage.micro_batch}"
+        )
     n_tokens = stage.steps * stage.batch_tokens
     flops = n_tokens * config.train_flops_per_token(stage.seq_len)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rate = matrix_flops_per_s(device, DTYPES[stage.dtype])
+    device_hours = flops / (device.flops_per_s * (mfu or device.mfu)) / 3600
+    energy_kwh = device_hours * device.watts / 1000
+    parts = memory(config, stage, n_devices)
     return {
         "stage": stage_name,
         "init": stage.init,
@@ -36,9 +137,76 @@ def plan(recipe: Recipe, stage_name: str) -> dict[str, Any]:
         "tokens": n_tokens,
         "tokens_per_step": stage.batch_tokens,
         "seq_len": stage.seq_len,
+        "layout": {
+            "devices": n_devices,
+            "sequences_per_device": n_sequences // n_devices,
+            "micro_batch": stage.micro_batch,
+            "micro_batches": n_sequences // n_devices // stage.micro_batch,
+        },
+        "memory_bytes": {name: round(value) for name, value in asdict(parts).items()}
+        | {
+            "total": round(parts.total),
+            "total_recomputing": round(memory(config, stage, n_devices, "full").total),
+        },
         "flops": flops,
-        "state_bytes": 16 * config.n_params,
-        "machine_matrix_flops_per_s": round(rate),
-        "assumed_mfu": ASSUMED_MFU,
-        "estimated_hours": round(flops / (rate * ASSUMED_MFU) / 3600, 2),
+        "hardware": device.name,
+        "mfu": mfu or device.mfu,
+        "device_hours": round(device_hours, 3),
+        "hours": round(device_hours / n_devices, 3),
+        "energy_kwh": round(energy_kwh, 3),
+        "co2_kg": round(energy_kwh * grid_kg_per_kwh, 3),
     }
+
+
+def plan_table(plans: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The rows that people read, with a last one for the sums."""
+    rows = [
+        {
+            "stage": p["stage"],
+            "from": p["init"],
+            "parameters": f"{p['parameters']:,}",
+            "tokens": f"{p['tokens'] / 1e9:,.3g} B",
+            "steps": f"{p['steps']:,}",
+            "context": f"{p['seq_len']:,}",
+            "GB a device": f"{p['memory_bytes']['total'] / 1e9:,.1f}",
+            "FLOPs": f"{p['flops']:.2e}",
+            f"{p['hardware']} hours": f"{p['device_hours']:,.2f}",
+            "kWh": f"{p['energy_kwh']:,.1f}",
+            "kg CO2": f"{p['co2_kg']:,.1f}",
+        }
+        for p in plans
+    ]
+    sums: dict[str, str] = dict.fromkeys(rows[0], "") | {"stage": "all"} if rows else {}
+    if rows:
+        sums["tokens"] = f"{sum(p['tokens'] for p in plans) / 1e9:,.3g} B"
+        sums["FLOPs"] = f"{sum(p['flops'] for p in plans):.2e}"
+        sums[f"{plans[0]['hardware']} hours"] = f"{sum(p['device_hours'] for p in plans):,.2f}"
+        sums["kWh"] = f"{sum(p['energy_kwh'] for p in plans):,.1f}"
+        sums["kg CO2"] = f"{sum(p['co2_kg'] for p in plans):,.1f}"
+        rows.append(sums)
+    return rows
+
+
+def planned_config(recipe: Recipe, stage: Stage) -> ModelConfig:
+    """The model's config in a stage, as the recipe alone tells it."""
+    config = ModelConfig.named(recipe.model.name).replace(**recipe.model.overrides)
+    changes: dict[str, Any] = {"max_position_embeddings": stage.seq_len}
+    if stage.variant is not None:
+        changes["vocab_size"] = VARIANTS[stage.variant].vocab_size
+    if stage.rope_theta is not None:
+        changes["rope_theta"] = stage.rope_theta
+    return config.replace(**changes)
+
+
+def _this_machine(stage: Stage) -> Hardware:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rate = matrix_flops_per_s(device, DTYPES[stage.dtype])
+    if device == "cpu":
+        return Hardware("this machine", round(rate), CPU_MFU, CPU_WATTS)
+    return Hardware("this machine", round(rate), 0.45, HARDWARE["h100"].watts)
+
+
+def _named(name: str) -> Hardware:
+    if name not in HARDWARE:
+        raise ValueError(f"hardware {name!r}: expected one of {', '.join(HARDWARE)}")
+    return HARDWARE[name]

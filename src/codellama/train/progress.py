@@ -40,7 +40,7 @@ class Progress:
         if self._bar.disable and now - self._last_line >= _LINE_EVERY_S:
             self._last_line = now
             step, begin = self._first
-            left_s = (now - begin) / (row["step"] - step) * (self._n_steps - row["step"])
+            left_s = (now - begin) / max(1, row["step"] - step) * (self._n_steps - row["step"])
             print(
                 f"step {row['step']}/{self._n_steps}  {facts}  {left_s / 60:.0f} min left",
                 file=sys.stderr,

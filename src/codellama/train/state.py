@@ -1,7 +1,8 @@
 """Train states: all that a run needs to continue to the bit, written whole and checked on reading.
 
 Folder RUN/states/step-NNNNNNNN: tensors.safetensors (weights, both moments, random state),
-manifest.json (step, loader state) and SHA256SUMS (of these two, as `sha256sum` writes and checks
+manifest.json (step, position of the
+loader and what else is not a tensor) and SHA256SUMS (of these two, as `sha256sum` writes and checks
 it). A state that is damaged is named and passed over in favour of the one before it.
 """
 
@@ -28,10 +29,10 @@ def save_state(
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loader_state: dict[str, Any],
+    position: dict[str, Any],
     keep: int,
 ) -> None:
-    """Write the state behind `step` updates, then delete all but the newest `keep` states.
+    """Write the state behind `step` steps, then delete all but the newest `keep` states.
 
     States of later steps are deleted too: a run is at `step` again only because they are damaged.
 
@@ -49,7 +50,7 @@ def save_state(
             save_file(tensors, temporary / _TENSORS)
         except SafetensorError as error:
             raise OSError(f"{folder / _TENSORS}: cannot be written: {error}") from None
-        write_manifest(temporary, "train-state", step=step, loader=loader_state)
+        write_manifest(temporary, "train-state", step=step, position=position)
         (temporary / _SUMS).write_text(_checksums(temporary), encoding="utf-8")
     folders = _state_folders(run_dir)
     for old in folders[folders.index(folder) + keep :] + folders[: folders.index(folder)]:
@@ -62,7 +63,7 @@ def load_latest_state(
     """Restore model and optimiser from the newest undamaged state.
 
     Returns:
-        (step, loader state), or None where there is no state at all.
+        (step, position), or None where there is no state at all.
 
     Raises:
         ValueError: there are states, and every one of them is damaged.
@@ -75,7 +76,7 @@ def load_latest_state(
             print(f"warning: {error}; trying the state before it", file=sys.stderr)
             continue
         _restore(tensors, model, optimizer)
-        return manifest["step"], manifest["loader"]
+        return manifest["step"], manifest["position"]
     if folders:
         raise ValueError(
             f"{run_dir / 'states'}: every train state is damaged; delete the folder to start again"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from codellama.data.packing import Documents, Lane, PackedSequence, PackingSettings
+from codellama.data.packing import Documents, Lane, PackedSequence, PackingSettings, Share
 from codellama.model.attention import within_documents
 from codellama.model.checkpoint import DTYPES
 from codellama.model.transformer import Transformer
@@ -33,14 +33,15 @@ def validate(
     Returns:
         validation_loss in nats per token; validation_bits_per_byte over the documents' bytes.
     """
-    lane = Lane(documents, tokenizer, PackingSettings(stage.seq_len, shuffle=False), 0, n_lanes=1)
+    settings = PackingSettings(stage.seq_len, shuffle=False)
+    lane = Lane([Share("validation", documents)], tokenizer, settings, 0, n_lanes=1)
     dtype = DTYPES[stage.dtype]
     device = next(model.parameters()).device
     n_bytes_of = torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     nats, n_tokens, n_bytes = 0.0, 0, 0
     n_rows = max(1, stage.validation_tokens // stage.seq_len)
     for begin in range(0, n_rows, stage.micro_batch):
-        rows = _rows(lane, min(stage.micro_batch, n_rows - begin))
+        rows = _rows(lane, len(documents), min(stage.micro_batch, n_rows - begin))
         if not rows:
             break
         tokens, targets, mask, document_ids, positions = (
@@ -65,11 +66,11 @@ def validate(
     }
 
 
-def _rows(lane: Lane, n_rows: int) -> list[PackedSequence]:
+def _rows(lane: Lane, n_documents: int, n_rows: int) -> list[PackedSequence]:
     """The next rows, fewer where the documents end; none is scored twice."""
     rows: list[PackedSequence] = []
-    while len(rows) < n_rows and (turn := lane.state.turn) < len(lane.documents):
+    while len(rows) < n_rows and (turn := lane.state.turns[0]) < n_documents:
         row = lane.next_sequence()
-        is_repeated = turn + row.document_ids >= len(lane.documents)  # one document a turn
+        is_repeated = turn + row.document_ids >= n_documents  # one document a turn
         rows.append(row._replace(loss_mask=row.loss_mask & ~is_repeated))
     return rows

@@ -1,0 +1,158 @@
+"""What a stage trains on: named collections of documents with their shares of the tokens.
+
+A collection is some of the corpus, chosen by its columns, or a file of dialogs. Shares are of
+tokens, as in the paper's Table 1; the order in which a lane takes documents is in packing.py.
+
+Files in: a corpus folder, JSON lines with one {"messages": [{"role", "content"}, ...]} each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from codellama.data.corpus import CorpusReader, corpus_documents
+from codellama.data.packing import Documents, LaneState, Share
+from codellama.recipe import Collection
+from codellama.tokenizer.chat import check_dialog
+
+WHOLE_CORPUS = "corpus"
+
+
+class Selected:
+    """The documents of a corpus that a collection names."""
+
+    def __init__(self, reader: CorpusReader, collection: Collection) -> None:
+        wanted = {
+            column: set(values)
+            for column, values in (
+                ("source", collection.sources),
+                ("kind", collection.kinds),
+                ("language", collection.languages),
+            )
+            if values
+        }
+        rows = zip(*(reader.column(column) for column in wanted), strict=True)
+        self._reader = reader
+        self._indices = [
+            index
+            for index, row in enumerate(rows)
+            if all(value in values for value, values in zip(row, wanted.values(), strict=True))
+        ]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def text(self, index: int) -> str:
+        """The text of a document."""
+        return self._reader.text(self._indices[index])
+
+    def sha256(self, index: int) -> str:
+        """Hexadecimal SHA-256 of a document's text."""
+        return self._reader.sha256(self._indices[index])
+
+
+class Dialogs:
+    """Dialogs from a file of JSON lines, all checked when it is opened.
+
+    Raises:
+        ValueError: the file is missing, or a line (named) is no dialog that ends with an answer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._dialogs: list[str] = []
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: dialogs cannot be read: {error}") from None
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                messages = json.loads(line)["messages"]
+                check_dialog(messages, last="assistant")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f'{path}, line {number}: expected {{"messages": [...]}} that ends with an '
+                    f"answer of the assistant: {error}"
+                ) from None
+            self._dialogs.append(json.dumps(messages))
+
+    def __len__(self) -> int:
+        return len(self._dialogs)
+
+    def text(self, index: int) -> str:
+        """The messages of a dialog, as JSON."""
+        return self._dialogs[index]
+
+    def sha256(self, index: int) -> str:
+        """Hexadecimal SHA-256 of a dialog."""
+        return hashlib.sha256(self._dialogs[index].encode()).hexdigest()
+
+
+def open_mixture(
+    corpus_dir: Path,
+    collections: Mapping[str, Collection],
+    weights: Mapping[str, float],
+    split: Literal["train", "validation"] = "train",
+) -> tuple[Share, ...]:
+    """Open the collections of a stage.
+
+    Args:
+        collections: those of the recipe, by name.
+        weights: the stage's share of each, on any scale; empty for the whole corpus.
+
+    Raises:
+        ValueError: a collection is unknown, empty or damaged; names it.
+    """
+    if not weights:
+        return (Share(WHOLE_CORPUS, corpus_documents(corpus_dir, split)),)
+    shares: list[Share] = []
+    reader: CorpusReader | None = None
+    for name, weight in weights.items():
+        if name not in collections:
+            raise ValueError(
+                f"no collection {name!r}; the recipe has {', '.join(sorted(collections))}"
+            )
+        collection = collections[name]
+        documents: Documents
+        if collection.dialogs is not None:
+            documents = Dialogs(collection.dialogs)
+        else:
+            reader = reader or corpus_documents(corpus_dir, split)
+            documents = Selected(reader, collection)
+        shares.append(Share(f"collection {name!r}", documents, weight, bool(collection.dialogs)))
+    return tuple(shares)
+
+
+def fingerprint(mixture: Sequence[Share]) -> str:
+    """Changes whenever a dialog of the mixture, or their order, changes."""
+    digest = hashlib.sha256()
+    for share in mixture:
+        if share.are_dialogs:
+            for index in range(len(share.documents)):
+                digest.update(share.documents.sha256(index).encode())
+    return digest.hexdigest()[:16]
+
+
+def mixture_report(mixture: Sequence[Share], states: Sequence[LaneState]) -> list[dict[str, Any]]:
+    """Of each collection: documents, tokens, share of the tokens and epochs seen so far."""
+    finished = [state for state in states if state.turns]
+    total = sum(sum(state.tokens) for state in finished)
+    rows: list[dict[str, Any]] = []
+    for i, share in enumerate(mixture):
+        n_documents = sum(state.turns[i] for state in finished)
+        n_tokens = sum(state.tokens[i] for state in finished)
+        rows.append(
+            {
+                "collection": share.name,
+                "documents": n_documents,
+                "tokens": n_tokens,
+                "share": round(n_tokens / total, 4) if total else 0.0,
+                "epochs": round(n_documents / len(share.documents), 4),
+            }
+        )
+    return rows

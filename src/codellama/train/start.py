@@ -1,0 +1,77 @@
+"""The model that a stage starts from: random, another stage's, or weights of any format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from codellama.model.config import ModelConfig
+from codellama.model.transformer import Transformer
+from codellama.recipe import Recipe, Stage
+from codellama.tokenizer import Tokenizer
+from codellama.weights import build_model, open_weights
+
+N_ADDED_PIECES = 16  # what Code Llama adds to Llama 2's vocabulary (fact sheet 2.2)
+
+
+def stage_config(recipe: Recipe, stage: Stage) -> ModelConfig:
+    """The model's config in a stage, as the recipe states it; no weights are looked at."""
+    config = ModelConfig.named(recipe.model.name).replace(**recipe.model.overrides)
+    return config.replace(
+        max_position_embeddings=stage.seq_len, rope_theta=stage.rope_theta or config.rope_theta
+    )
+
+
+def initial_model(recipe: Recipe, stage: Stage, tokenizer: Tokenizer) -> Transformer:
+    """The float32 model that a stage starts from, ready to train.
+
+    Raises:
+        ValueError: the parent stage is not trained, its weights are damaged, or they do not fit the
+            vocabulary.
+    """
+    if stage.init == "random":
+        config = stage_config(recipe, stage)
+        _check_vocabulary(config.vocab_size, tokenizer)
+        model = Transformer(config)
+        model.initialise(torch.Generator().manual_seed(stage.seed))
+        return model.train()
+    parent: str | Path = stage.init
+    if stage.init in recipe.stages:
+        parent = recipe.run_dir(stage.init) / "checkpoint"
+        if not parent.is_dir():
+            raise ValueError(f"stage {stage.init!r} comes first: {parent} does not exist")
+    loaded = build_model(open_weights(parent), dtype="float32")
+    state = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    config = loaded.config
+    config = config.replace(
+        # Short dialogs do not take away the long context that an earlier stage gave.
+        max_position_embeddings=max(config.max_position_embeddings, stage.seq_len),
+        rope_theta=stage.rope_theta or config.rope_theta,
+    )
+    n_missing = tokenizer.vocab_size - config.vocab_size
+    if n_missing == N_ADDED_PIECES:
+        generator = torch.Generator().manual_seed(stage.seed)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            state[name] = _with_rows(state[name], n_missing, config.initializer_range, generator)
+        config = config.replace(vocab_size=tokenizer.vocab_size)
+    elif n_missing == -N_ADDED_PIECES and stage.variant is not None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            state[name] = state[name][: tokenizer.vocab_size].clone()
+        config = config.replace(vocab_size=tokenizer.vocab_size)
+    _check_vocabulary(config.vocab_size, tokenizer)
+    model = Transformer(config)
+    model.load_state_dict(state)
+    return model.train()
+
+
+def _with_rows(weight: Tensor, n_rows: int, std: float, generator: torch.Generator) -> Tensor:
+    """Add rows for the infilling pieces; the paper does not say how they begin."""
+    rows = nn.init.normal_(weight.new_empty(n_rows, weight.shape[1]), 0, std, generator)
+    return torch.cat((weight, rows))
+
+
+def _check_vocabulary(n_rows: int, tokenizer: Tokenizer) -> None:
+    if n_rows != tokenizer.vocab_size:
+        raise ValueError(f"the model has vocab_size {n_rows}, the tokenizer {tokenizer.vocab_size}")

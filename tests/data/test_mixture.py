@@ -1,0 +1,144 @@
+"""Collections and their shares, down to the tokens that a lane hands out."""
+
+import json
+import random
+from collections import Counter
+
+import pytest
+from loader_inputs import TextList, make_texts
+
+from codellama.data.mixture import Dialogs, mixture_report
+from codellama.data.packing import Lane, LaneState, PackingSettings, Share
+from codellama.tokenizer import Tokenizer
+
+SETTINGS = PackingSettings(seq_len=64)
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(small_tokenizer):
+    return Tokenizer(small_tokenizer.file, "inst", infilling=True)
+
+
+def collections(*weights):
+    """Texts of one letter each, so that tokens tell where they are from."""
+    rng = random.Random(0)
+    return [
+        Share(letter, TextList([f"{letter}{i} " * rng.randint(1, 40) for i in range(30)]), weight)
+        for letter, weight in zip("xyz", weights, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("weights", [(85, 8, 7), (1, 1), (0.75, 0.25)])
+@pytest.mark.parametrize("n_lanes", [1, 4])
+def test_shares_of_the_tokens(small_tokenizer, weights, n_lanes):
+    shares = collections(*weights)
+    states = []
+    for number in range(n_lanes):
+        lane = Lane(shares, small_tokenizer, SETTINGS, number, n_lanes)
+        for _ in range(400):
+            lane.next_sequence()
+        states.append(lane.state)
+    report = mixture_report(shares, states)
+    for row, weight in zip(report, weights, strict=True):
+        assert row["share"] == pytest.approx(weight / sum(weights), abs=0.02)
+        n_documents = sum(state.turns["xyz".index(row["collection"])] for state in states)
+        assert row["epochs"] == pytest.approx(n_documents / 30, abs=1e-3)
+    # The report agrees with what was handed out.
+    n_tokens = sum(row["tokens"] for row in report) + sum(state.offset for state in states)
+    assert n_tokens == 400 * n_lanes * 64
+
+
+def test_every_document_once_an_epoch(small_tokenizer):
+    shares = collections(3, 1)
+    seen: Counter[str] = Counter()
+    lanes = [Lane(shares, small_tokenizer, SETTINGS, number, 3) for number in range(3)]
+    while min(lane.state.turns[1] for lane in lanes) < 10:
+        for lane in lanes:
+            if lane.state.turns[1] < 10:
+                lane.next_sequence()
+    for lane in lanes:
+        # The documents of the second collection that the lane has finished, in its own order.
+        replay = Lane(shares, small_tokenizer, SETTINGS, lane.lane, 3)
+        for turn in range(10):
+            replay.state = LaneState((0, turn), (10**9, 0))
+            seen[replay._document()[1]] += 1
+    assert sorted(seen.values()) == [1] * 30
+
+
+def test_resumed_mixture_continues(small_tokenizer):
+    shares = collections(5, 2, 1)
+    for n_before in (0, 1, 7, 50):
+        lane = Lane(shares, small_tokenizer, SETTINGS, 1, 2)
+        for _ in range(n_before):
+            lane.next_sequence()
+        turns, tokens, offset = json.loads(json.dumps(lane.state))
+        resumed = Lane(
+            shares, small_tokenizer, SETTINGS, 1, 2, LaneState(tuple(turns), tuple(tokens), offset)
+        )
+        for _ in range(20):
+            one, other = lane.next_sequence(), resumed.next_sequence()
+            assert (one.tokens == other.tokens).all()
+            assert (one.loss_mask == other.loss_mask).all()
+            assert lane.names == resumed.names
+
+
+def test_answers_are_learned_and_questions_are_not(chat_tokenizer, tmp_path):
+    path = tmp_path / "dialogs.jsonl"
+    dialogs = [
+        [
+            {"role": "user", "content": f"question {i}"},
+            {"role": "assistant", "content": f"answer {i}"},
+        ]
+        for i in range(20)
+    ]
+    path.write_text("".join(json.dumps({"messages": d}) + "\n" for d in dialogs))
+    share = Share("chat", Dialogs(path), 1.0, True)
+    settings = PackingSettings(seq_len=200, fim_rate=0.9)
+    lane = Lane([share], chat_tokenizer, settings, 0, 1)
+    learned = ""
+    for _ in range(10):
+        row = lane.next_sequence()
+        learned += chat_tokenizer.decode([int(t) for t in row.targets[row.loss_mask]])
+        assert chat_tokenizer.prefix_id not in row.tokens
+    assert "answer" in learned
+    assert "question" not in learned
+    assert chat_tokenizer.eos_id in row.targets[row.loss_mask], "the end of an answer is learned"
+
+
+def test_a_masked_dialog_may_be_cut(chat_tokenizer, tmp_path):
+    path = tmp_path / "dialogs.jsonl"
+    text = " ".join(make_texts(30))
+    dialog = [{"role": "user", "content": text}, {"role": "assistant", "content": "yes " * 50}]
+    path.write_text(json.dumps({"messages": dialog}))
+    share = Share("chat", Dialogs(path), 1.0, True)
+    long = Lane([share], chat_tokenizer, PackingSettings(seq_len=4096), 0, 1).next_sequence()
+    lane = Lane([share], chat_tokenizer, PackingSettings(seq_len=32), 0, 1)
+    rows = []
+    while not lane.state.turns[0]:
+        rows.append(lane.next_sequence())
+    n_tokens = lane.state.tokens[0]
+    tokens = [int(t) for row in rows for t in row.tokens][:n_tokens]
+    assert tokens == long.tokens[:n_tokens].tolist()
+    mask = [bool(m) for row in rows for m in row.loss_mask][: n_tokens - 1]
+    assert mask == long.loss_mask[: n_tokens - 1].tolist()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", '{"messages": []}', '{"messages": [{"role": "user", "content": "x"}]}', '"x"'],
+)
+def test_lines_that_are_no_dialogs(tmp_path, line):
+    path = tmp_path / "d.jsonl"
+    good = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    path.write_text(json.dumps({"messages": good}) + "\n\n" + line + "\n")
+    with pytest.raises(ValueError, match=r"d\.jsonl, line 3: expected") as error:
+        Dialogs(path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files_and_collections(tmp_path, small_tokenizer):
+    with pytest.raises(ValueError, match="dialogs cannot be read"):
+        Dialogs(tmp_path / "none.jsonl")
+    empty = Share("collection 'x'", TextList([]))
+    with pytest.raises(ValueError, match="collection 'x' has no documents"):
+        Lane([empty], small_tokenizer, SETTINGS, 0, 1)
