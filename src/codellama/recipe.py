@@ -181,6 +181,19 @@ class Collection(Section):
     from are the answers."""
 
 
+class Lora(Section):
+    """Train low-rank adapters and keep the matrices as they are."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    targets: tuple[
+        Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...
+    ] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+    )
+
+
 class Stage(Section):
     """One training run of the cascade. Every stage is run by the same `train`."""
 
@@ -189,6 +202,9 @@ class Stage(Section):
     variant: str | None = None
     """The released variant whose vocabulary the stage has (`7b-python` lacks the infilling pieces
     of `7b`), where `tokenizer.path` is Llama 2's; None takes the vocabulary as it is."""
+    lora: Lora | None = None
+    """None trains all weights. The checkpoint has the adapters merged in; they are also written
+    alone, in PEFT's layout, into the run's folder `adapter`."""
     mixture: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Share of the tokens of each collection, on any scale; empty takes the whole corpus."""
     seq_len: Positive = 512

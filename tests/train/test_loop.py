@@ -24,6 +24,7 @@ from codellama.recipe import load_recipe
 from codellama.tokenizer import Tokenizer
 from codellama.train import loop, train
 from codellama.train.loop import LossFunction, packing_settings
+from codellama.train.start import prepared
 
 GOLDEN = Path(__file__).parent / "golden_loss.json"
 BFLOAT16 = ["stages.code.dtype=bfloat16"]
@@ -529,3 +530,85 @@ def test_matrix_rate_is_measured_soon():
     begin = time.perf_counter()
     assert loop.matrix_flops_per_s("cpu", torch.float32, 256) > 1e6
     assert time.perf_counter() - begin < 30
+
+
+# -- adapters, recomputation --------------------------------------------------------------------
+
+SECOND = """
+[stages.second]
+init = "code"
+seq_len = 64
+batch_tokens = 512
+micro_batch = 4
+steps = 12
+peak_lr = 1e-2
+warmup_steps = 1
+dtype = "float32"
+compile = false
+validate_every = 6
+validation_tokens = 1000
+save_every = 4
+"""
+
+
+def last_validation(work, stage):
+    rows = map(json.loads, (work / "runs" / stage / "metrics.jsonl").read_text().splitlines())
+    return [row["validation_loss"] for row in rows if "validation_loss" in row][-1]
+
+
+def add_second_stage(unbroken, work, more=""):
+    shutil.copytree(unbroken, work, dirs_exist_ok=True)
+    text = (work / "recipe.toml").read_text().replace(unbroken.as_posix(), work.as_posix())
+    (work / "recipe.toml").write_text(text + SECOND + more)
+
+
+def test_adapters_are_trained_and_merged(run_in_children, unbroken, tmp_path):
+    from codellama.model.lora import load_adapter
+    from codellama.weights import load
+
+    add_second_stage(unbroken, tmp_path, 'lora = { rank = 4, targets = ["q_proj", "up_proj"] }\n')
+    killed, last = run_in_children(
+        tmp_path,
+        {"stage": "second", "kill": ["step", 7]},
+        {"stage": "second"},
+    )
+    assert (killed["code"], last["code"]) == (-signal.SIGKILL, 0), last["log"]
+    assert "resumed at step 4" in last["log"]
+    run = tmp_path / "runs" / "second"
+    before = load(tmp_path / "runs/code/checkpoint", dtype="float32")[0]
+    after = load(run / "checkpoint", dtype="float32")[0]
+    changed = {
+        name.split(".")[-2]
+        for name, tensor in after.state_dict().items()
+        if not torch.equal(tensor, before.state_dict()[name])
+    }
+    assert changed == {"q_proj", "up_proj"}
+    load_adapter(run / "adapter", before)
+    tokens = torch.arange(40)[None]
+    torch.testing.assert_close(before(tokens), after(tokens), rtol=1e-4, atol=1e-4)
+    assert last_validation(tmp_path, "second") < last_validation(tmp_path, "code")
+    state = load_file(run / "states/step-00000012/tensors.safetensors")
+    assert {name.rpartition(".")[2] for name in state if name.startswith("model.")} == {
+        *("lora_A", "lora_B"),
+    }
+
+
+def test_recomputation_changes_no_loss(run_in_children, unbroken, work):
+    overrides = ["stages.code.recompute=full"]
+    (result,) = run_in_children(work, {"overrides": overrides})
+    assert result["code"] == 0, result["log"]
+    assert losses(work) == losses(unbroken)
+
+
+def test_recomputation_keeps_less(unbroken, model):
+    """Tensors saved for the backward pass, counted as autograd packs them."""
+    kept = {}
+    for way in ("none", "full"):
+        sizes = []
+        fresh = prepared(model, stage_with(unbroken, f"stages.code.recompute={way}"))
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.nbytes) or t, lambda t: t
+        ):
+            fresh(torch.zeros(4, 64, dtype=torch.int64)).sum()
+        kept[way] = sum(sizes)
+    assert kept["full"] < 0.5 * kept["none"]

@@ -2,8 +2,9 @@
 
 Run folder: recipe.json (what the run is made of), metrics.jsonl, loss.png, states/ (see state.py),
 skipped.jsonl where a step was not taken, and when the stage is finished mixture.json and
-checkpoint/, a Hugging Face folder. Started again with the same recipe, a run that was killed
-continues behind its last train state and ends with the same weights as one that never stopped.
+checkpoint/, a Hugging Face folder (and adapter/, where only adapters were trained). Started again
+with the same recipe, a run that was killed continues behind its last train state and ends with the
+same weights as one that never stopped.
 
 It deliberately has no callbacks and no trainer object; parallelism is applied from outside.
 """
@@ -30,6 +31,7 @@ from codellama.data.mixture import mixture_report, open_mixture
 from codellama.data.packing import Lane, LaneState, PackingSettings
 from codellama.model.attention import causal, within_documents
 from codellama.model.checkpoint import DTYPES, save_checkpoint
+from codellama.model.lora import merged_state, save_adapter
 from codellama.model.transformer import Transformer
 from codellama.recipe import Recipe, Stage
 from codellama.tokenizer import Tokenizer
@@ -45,7 +47,7 @@ from codellama.train.run_folder import (
     run_record,
     stop_signals,
 )
-from codellama.train.start import initial_model
+from codellama.train.start import initial_model, lora_settings
 from codellama.train.state import load_latest_state, save_state
 from codellama.train.validate import validate
 
@@ -142,9 +144,11 @@ def train(recipe: Recipe, stage_name: str, device: str = "cpu", n_workers: int =
             _take_steps(run, open_shares)
             report = mixture_report(open_shares(), loader.states)
         write_file(folder / "mixture.json", json.dumps(report, indent=2) + "\n")
-        save_checkpoint(
-            checkpoint, model.config, model.state_dict(), stage.dtype, write_more=tokenizer.save
-        )
+        weights = model.state_dict()
+        if stage.lora is not None:
+            weights = merged_state(model)
+            save_adapter(folder / "adapter", model, lora_settings(stage.lora), stage.init)
+        save_checkpoint(checkpoint, model.config, weights, stage.dtype, write_more=tokenizer.save)
     return checkpoint
 
 

@@ -11,12 +11,13 @@ from codellama.recipe import Stage
 
 
 def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
-    """AdamW in one fused kernel; weight decay acts on matrices, not on norms."""
-    parameters = list(model.parameters())
+    """AdamW in one fused kernel; weight decay acts on matrices, not on norms or frozen weights."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": stage.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=stage.peak_lr, betas=stage.betas, eps=stage.eps, fused=True)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from codellama.model.config import ModelConfig
+from codellama.model.lora import LoraSettings, add_adapters
 from codellama.model.transformer import Transformer
-from codellama.recipe import Recipe, Stage
+from codellama.recipe import Lora, Recipe, Stage
 from codellama.tokenizer import Tokenizer
 from codellama.weights import build_model, open_weights
 
@@ -36,7 +39,7 @@ def initial_model(recipe: Recipe, stage: Stage, tokenizer: Tokenizer) -> Transfo
         _check_vocabulary(config.vocab_size, tokenizer)
         model = Transformer(config)
         model.initialise(torch.Generator().manual_seed(stage.seed))
-        return model.train()
+        return prepared(model, stage)
     parent: str | Path = stage.init
     if stage.init in recipe.stages:
         parent = recipe.run_dir(stage.init) / "checkpoint"
@@ -63,6 +66,21 @@ def initial_model(recipe: Recipe, stage: Stage, tokenizer: Tokenizer) -> Transfo
     _check_vocabulary(config.vocab_size, tokenizer)
     model = Transformer(config)
     model.load_state_dict(state)
+    return prepared(model, stage)
+
+
+def lora_settings(lora: Lora) -> LoraSettings:
+    """A recipe's adapters, as the model knows them."""
+    return LoraSettings(lora.rank, lora.alpha, lora.targets)
+
+
+def prepared(model: Transformer, stage: Stage) -> Transformer:
+    """Put in what a stage asks for besides weights: adapters, recomputation."""
+    if stage.lora is not None:
+        add_adapters(model, lora_settings(stage.lora), stage.seed)
+    if stage.recompute == "full":
+        for block in model.model.layers:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model.train()
 
 

@@ -40,8 +40,9 @@ def save_state(
         OSError: it cannot be written; older states are untouched.
     """
     folder = run_dir / "states" / f"step-{step:08d}"
-    tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
+    learned = _learned(model)
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in learned.items()}
+    for name, parameter in learned.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = value
     tensors["rng"] = torch.get_rng_state()
@@ -105,7 +106,7 @@ def _restore(
     """Copy a state's tensors into a model and its optimiser."""
     torch.set_rng_state(tensors["rng"])
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in _learned(model).items():
             parameter.copy_(tensors[f"model.{name}"])
             # Clones: the file's tensors are mapped to a file that will be deleted. There are none
             # where every step so far was skipped.
@@ -114,6 +115,11 @@ def _restore(
                 for key in ("step", "exp_avg", "exp_avg_sq")
                 if f"{key}.{name}" in tensors
             }
+
+
+def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes; frozen ones come from the stage's `init` again."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _state_folders(run_dir: Path) -> list[Path]:

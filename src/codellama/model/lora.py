@@ -1,0 +1,165 @@
+"""Low-rank adapters: a frozen matrix W learns as W + (alpha / r) B A, and can be merged into it.
+
+Folder (PEFT's layout, so that PEFT loads it): adapter_config.json, adapter_model.safetensors.
+
+Source: LoRA, arXiv 2106.09685; the names of files, keys and tensors are PEFT's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from codellama.artifact import new_folder
+from codellama.model.source import inside, read_json
+from codellama.model.transformer import Transformer
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Which matrices get an adapter, and of what size."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = TARGETS
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.targets if name not in TARGETS]:
+            raise ValueError(f"LoRA target {unknown[0]!r}: expected some of {', '.join(TARGETS)}")
+        if self.rank < 1 or not self.targets:
+            raise ValueError("LoRA needs a rank of at least 1 and at least one target")
+
+
+class LoraLinear(nn.Module):
+    """A bias-free linear layer with a frozen matrix and a trained update of low rank."""
+
+    def __init__(self, base: nn.Linear, settings: LoraSettings, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = base.weight
+        self.scale = settings.alpha / settings.rank
+        down = base.weight.new_empty(settings.rank, base.in_features)
+        # PEFT's start: uniform as of an nn.Linear for A, zeros for B, so that nothing changes yet.
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+        self.lora_A = nn.Parameter(down)
+        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, settings.rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., inputs] -> [..., outputs]."""
+        return F.linear(x, self.weight) + self.scale * F.linear(
+            F.linear(x, self.lora_A), self.lora_B
+        )
+
+    def merged(self) -> Tensor:
+        """W + (alpha / r) B A, in the type of W."""
+        update = self.scale * (self.lora_B.float() @ self.lora_A.float())
+        return (self.weight.float() + update).to(self.weight.dtype)
+
+
+def add_adapters(model: Transformer, settings: LoraSettings, seed: int = 0) -> None:
+    """Freeze a model and put adapters beside its matrices, in place."""
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in settings.targets:
+            model.set_submodule(name, LoraLinear(module, settings, generator))
+
+
+def merged_state(model: Transformer) -> dict[str, Tensor]:
+    """All weights under the names of a model without adapters, updates added in."""
+    tensors = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.endswith(("lora_A", "lora_B"))
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            tensors[f"{name}.weight"] = module.merged().detach()
+    return tensors
+
+
+def save_adapter(folder: str | Path, model: Transformer, settings: LoraSettings, base: str) -> None:
+    """Write the adapters of a model as PEFT does.
+
+    Args:
+        base: the checkpoint that they belong to, as PEFT is told.
+
+    Raises:
+        OSError: the folder cannot be written; what stood there before is untouched.
+    """
+    tensors = {
+        f"{_PREFIX}{name}.weight": parameter.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        if name.endswith(("lora_A", "lora_B"))
+    }
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(settings.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with new_folder(Path(folder)) as temporary:
+        text = json.dumps(values, indent=2) + "\n"
+        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+        try:
+            save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder}: cannot be written: {error}") from None
+
+
+def load_adapter(folder: str | Path, model: Transformer) -> LoraSettings:
+    """Put adapters of a folder beside the matrices of the model that they were trained on.
+
+    Raises:
+        ValueError: not an adapter folder, damaged, of a kind that is not supported, or for a model
+            of another shape; names the file and the tensor.
+    """
+    folder = Path(folder)
+    try:
+        values = read_json(inside(folder, CONFIG_FILE))
+        tensors = load_file(inside(folder, WEIGHTS_FILE))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: not an adapter folder: {error}") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: damaged: {error}") from None
+    for key, expected in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False)):
+        if values.get(key, expected) != expected:
+            raise ValueError(f"{folder / CONFIG_FILE}: {key} = {values[key]!r} is not supported")
+    try:
+        settings = LoraSettings(
+            values["r"], float(values["lora_alpha"]), tuple(values["target_modules"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
+    add_adapters(model, settings)
+    wanted = {n: p for n, p in model.named_parameters() if n.endswith(("lora_A", "lora_B"))}
+    found = {k.removeprefix(_PREFIX).removesuffix(".weight"): t for k, t in tensors.items()}
+    for name in sorted(wanted.keys() ^ found.keys()):
+        problem = "is missing" if name in wanted else "is not part of this model"
+        raise ValueError(f"{folder / WEIGHTS_FILE}: tensor {name!r} {problem}")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            if parameter.shape != found[name].shape:
+                raise ValueError(
+                    f"{folder / WEIGHTS_FILE}: tensor {name!r} has shape "
+                    f"{tuple(found[name].shape)}, expected {tuple(parameter.shape)}"
+                )
+            parameter.copy_(found[name])
+    return settings
