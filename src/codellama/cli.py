@@ -2,7 +2,8 @@
 
 Each command parses, calls one function and prints; nothing is decided there. Results go to standard
 output, progress and messages to standard error. A usage error ends with exit code 2, a failed run
-with exit code 1, each with one line that says what to do. torch is imported only inside the
+with exit code 1, a refusal to run programs without isolation with 3, each with one line that says
+what to do. torch is imported only inside the
 commands that need it, so that `--help` answers at once.
 """
 
@@ -15,7 +16,7 @@ import typer
 
 from codellama import terminal
 from codellama.artifact import code_version
-from codellama.commands import build, files, generate
+from codellama.commands import build, evaluate, files, generate, sandbox
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,8 +34,14 @@ for command in (
     build.run,
     files.convert,
     files.inspect,
+    sandbox.sandbox,
+    sandbox.doctor,
 ):
     app.command()(command)
+
+app.command("eval")(evaluate.evaluate)
+app.command()(evaluate.score)
+app.command()(evaluate.compare)
 
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a vocabulary; text to ids and back.")
 tokenizer_app.command("train")(build.tokenizer_train)

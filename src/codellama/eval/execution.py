@@ -75,12 +75,15 @@ def calibrate() -> float:
     """How many times slower than the nominal machine this one computes, at least 1, at most 8.
 
     Raises:
+        NoIsolationError: the machine offers no isolation.
         ValueError: the sandbox does not run programs here.
     """
     outcome = min(
         (sandbox.run(_CALIBRATION, timeout_s=60) for _ in range(3)),
         key=lambda outcome: outcome.cpu_s if outcome.passed else float("inf"),
     )
+    if outcome.status == "refused":
+        raise sandbox.NoIsolationError(outcome.message)
     if not outcome.passed:
         raise ValueError(f"the sandbox cannot run programs: {outcome.status}: {outcome.message}")
     return min(8.0, max(1.0, outcome.cpu_s / _NOMINAL_S))

@@ -122,9 +122,8 @@ def _evaluate(
         raise ValueError(f"{task.name}: {reason}")
 
     def told(what: str) -> Callable[[int, int], None] | None:
-        if progress is None:
-            return None
-        return lambda done, total: progress(f"{what} {task.name}", done, total)
+        show = progress
+        return show and (lambda done, total: show(f"{what} {task.name}", done, total))
 
     path = place / "samples.jsonl"
     settings = sample(generator, task, path, decoding, model, options.limit, told("sampling"))

@@ -122,8 +122,9 @@ def _row(line: str, where: str) -> dict[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
-    texts = [key for key in ("completion", "solution") if key in (row or ())]
-    if not isinstance(row, dict) or "task_id" not in row or not texts:
+    keys = row.keys() if isinstance(row, dict) else ()
+    texts = [key for key in ("completion", "solution") if key in keys]
+    if "task_id" not in keys or not texts:
         raise ValueError(f'{where}: expected an object with "task_id" and "completion"')
     if not isinstance(row["task_id"], str) or not isinstance(row[texts[0]], str):
         raise ValueError(f'{where}: "task_id" and "{texts[0]}" are texts')

@@ -34,7 +34,7 @@ def judge_all(
     """A verdict for every different answer, however often it was given.
 
     Raises:
-        ValueError: the task cannot be scored here.
+        ValueError: the task cannot be scored here, or the sandbox refuses to run a program.
     """
     if reason := task.unavailable():
         raise ValueError(f"{task.name}: {reason}")
@@ -59,6 +59,8 @@ def judge_all(
         for _ in range(N_ERROR_RETRIES):
             if verdict.status == "error":
                 verdicts[answer] = verdict = check(answer)
+        if verdict.status == "refused":
+            raise ValueError(f"{task.name}: not run: {verdict.message}")
     return verdicts
 
 

@@ -1,0 +1,65 @@
+"""A generator that answers from a table, and a task of three problems, for tests of the harness."""
+
+from codellama.engine.sampling import SamplingParams
+from codellama.engine.sequence import Completion
+from codellama.eval.metrics import exact_match
+from codellama.eval.task import Problem, Prompt, Task, Verdict, cut, graded
+
+
+class Scripted:
+    """Answers with what `answer(prompt, params)` says; remembers what it was asked."""
+
+    def __init__(self, answer=lambda prompt, params: f"{params.seed}"):
+        self.answer, self.asked, self.calls = answer, [], 0
+
+    def complete(self, prompts, params):
+        assert all(isinstance(p, SamplingParams) for p in params)
+        self.calls += 1
+        self.asked += prompts
+        return [
+            Completion(self.answer(prompt, p), (), None, "stop")
+            for prompt, p in zip(prompts, params, strict=True)
+        ]
+
+    def infill(self, gaps, params, suffix_first=False):
+        return self.complete([(*gap, suffix_first) for gap in gaps], params)
+
+    def chat(self, dialogs, params):
+        return self.complete([dialog[-1]["content"] for dialog in dialogs], params)
+
+    def score(self, prompts):
+        return [[-0.5] * (len(text.split()) - 1) for text in prompts]
+
+
+class Sums(Task):
+    """Three sums."""
+
+    name = "sums"
+    statuses: dict[str, list[str]] = {}  # noqa: RUF012
+    """What each check of an answer comes to, one after the other, before it is judged."""
+
+    def load(self):
+        return [Problem(f"sum/{i}", {"a": i}, "even" if i % 2 == 0 else "odd") for i in range(3)]
+
+    def prompt(self, problem):
+        return Prompt(f"{problem.row['a']} + 1 =", stop=("\n",))
+
+    def trim(self, problem, text):
+        return cut(text, ["\n"]).strip()
+
+    def check(self, problem, completion, patience=1.0):
+        waiting = self.statuses.get(completion)
+        if waiting:
+            status = waiting.pop(0)
+            return Verdict(status, {"pass": float(status == "passed")}, "as told")
+        value = exact_match(completion, self.reference(problem))
+        return graded({"pass": value, "length": float(len(completion))}, "pass")
+
+    def reference(self, problem):
+        return str(problem.row["a"] + 1)
+
+    def solution(self, problem, completion):
+        return f"{problem.row['a']} + 1 = {completion}"
+
+    def completion(self, problem, solution):
+        return solution.partition("= ")[2]
