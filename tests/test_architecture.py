@@ -31,7 +31,7 @@ LAYERS: dict[str, set[str]] = {
     "tokenizer": {"recipe", "artifact"},
     "weights": {"model", "tokenizer", "artifact"},
     "describe": {"weights", "model", "tokenizer"},
-    "data": {"tokenizer", "recipe", "artifact"},
+    "data": {"tokenizer", "weights", "recipe", "artifact"},
     "train": {"model", "data", "tokenizer", "weights", "recipe", "artifact"},
     "engine": MODEL_SIDE | {"recipe"},
     "selfinstruct": {"engine", "sandbox", "data", "tokenizer", "recipe", "artifact"},

@@ -51,7 +51,7 @@ def test_values_and_defaults(path):
     assert recipe.run_dir("code") == Path("work/x/runs/code")
     assert recipe.corpus_dir == Path("work/x/corpus")
     assert recipe.tokenizer_dir == Path("work/x/tokenizer")
-    assert recipe.corpus.sources[0].path == Path("src")
+    assert recipe.corpus.sources[0].path == "src"
     assert recipe.model.overrides == {"hidden_size": 64, "rope_theta": 2.5e5}
     assert isinstance(recipe.model.overrides["hidden_size"], int)
     stage = recipe.stage("code")
@@ -127,7 +127,8 @@ def test_overrides(path):
         # Overrides that are none.
         ("stages.code.steps", r"--set 'stages\.code\.steps': expected key\.subkey=value"),
         ("=1", "expected key"),
-        ("name.a=1", r"'name' is not a table"),
+        ("name.a=1", r"there is no such place in the recipe"),
+        ("corpus.sources.1.path=x", r"there is no such place in the recipe"),
     ],
 )
 def test_mistakes_are_named_in_one_line(path, override, message):
@@ -135,6 +136,18 @@ def test_mistakes_are_named_in_one_line(path, override, message):
         load_recipe(path, [override])
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value) or "--set" in str(error.value)
+
+
+def test_override_of_an_item_of_a_list(path):
+    recipe = load_recipe(path, ["corpus.sources.0.path=elsewhere", "corpus.sources.0.name=other"])
+    (source,) = recipe.corpus.sources
+    assert (source.name, source.path) == ("other", "elsewhere")
+
+
+def test_random_weights_need_a_shape(path):
+    path.write_text(TEXT.replace('[model]\nname = "tiny"', "").replace("overrides =", "#"))
+    with pytest.raises(ValueError, match=r'init = "random" needs the section \[model\]'):
+        load_recipe(path)
 
 
 def test_missing_key_is_named(path):

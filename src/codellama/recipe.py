@@ -242,6 +242,8 @@ class Stage(Section):
     seed: int = 0
     validate_every: Positive = 200
     validation_tokens: Positive = 200_000
+    measure_lines: Annotated[int, Field(ge=0)] = 0
+    """Held-out lines that `run` infills before and after the stage, for a table of exact matches."""
     save_every: Positive = 200
     """Optimiser steps between train states."""
     keep_states: Annotated[int, Field(ge=2)] = 2  # one alone would be lost with its own damage
@@ -264,7 +266,8 @@ class Recipe(Section):
     """Everything the recipe writes goes below this folder."""
     corpus: Corpus
     tokenizer: TokenizerSettings = TokenizerSettings()
-    model: ModelChoice
+    model: ModelChoice | None = None
+    """None: every stage comes from weights, which say it."""
     collections: dict[str, Collection] = {}
     stages: dict[str, Stage] = Field(min_length=1)
 
@@ -298,6 +301,12 @@ class Recipe(Section):
                 f"no stage {name!r} in recipe {self.name!r}; it has {_list(self.stages)}"
             )
         return self.stages[name]
+
+    @model_validator(mode="after")
+    def _random_stages_have_a_model(self) -> Recipe:
+        if self.model is None and any(s.init == "random" for s in self.stages.values()):
+            raise ValueError('a stage with init = "random" needs the section [model]')
+        return self
 
     def stage_order(self) -> list[str]:
         """All stages, each behind the one that it starts from.
@@ -375,11 +384,17 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text
     *parents, last = key.strip().split(".")
+    place: Any = values
     for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise ValueError(f"--set {override!r}: {parent!r} is not a table of the recipe")
-    values[last] = value
+        if isinstance(place, list) and parent.isdecimal() and int(parent) < len(place):
+            place = place[int(parent)]
+        elif isinstance(place, dict):
+            place = place.setdefault(parent, {})
+        else:
+            break
+    if not isinstance(place, dict):
+        raise ValueError(f"--set {override!r}: there is no such place in the recipe")
+    place[last] = value
 
 
 def _explain(values: dict[str, Any], error: Any) -> str:

@@ -160,10 +160,38 @@ def _train(recipe: Recipe, stages: list[str], device: str, workers: int) -> bool
     try:
         for stage in stages:
             print(train(recipe, stage, device, workers))
+            if recipe.stages[stage].measure_lines:
+                _measure_lines(recipe, stage, device)
     except TrainingStopped as stopped:
         terminal.say(str(stopped))
         return False
     return True
+
+
+def _measure_lines(recipe: Recipe, name: str, device: str) -> None:
+    """Infill lines of held-out documents with the weights before and after a stage."""
+    from codellama.artifact import write_file
+    from codellama.engine.engine import Engine
+    from codellama.eval.held_out_lines import draw_gaps, fill_lines
+
+    stage, folder = recipe.stages[name], recipe.run_dir(name)
+    if (folder / "infill_lines.json").exists() or stage.init == "random":
+        return
+    parent = (
+        recipe.run_dir(stage.init) / "checkpoint" if stage.init in recipe.stages else stage.init
+    )
+    results: dict[str, dict[str, float]] = {}
+    for when, weights in (("before", parent), ("after", folder / "checkpoint")):
+        terminal.say(f"infilling {stage.measure_lines} held-out lines with the weights {when}")
+        engine = Engine(str(weights), device)
+        gaps = draw_gaps(recipe.corpus_dir, stage.measure_lines, engine)
+        results[when] = fill_lines(engine, gaps).exact_match()
+    rows = [
+        {"exact match": when} | {way: f"{share:.1%}" for way, share in result.items()}
+        for when, result in results.items()
+    ]
+    write_file(folder / "infill_lines.json", json.dumps(results) + "\n")
+    print(terminal.table(rows))
 
 
 def _print_plan(

@@ -1,4 +1,4 @@
-"""The vocabulary of a recipe: learned from a sample of the corpus, or taken from a file.
+"""The vocabulary of a recipe: learned from a sample of the corpus, or that of its weights.
 
 In: a corpus folder. Out: the recipe's tokenizer folder.
 """
@@ -10,9 +10,10 @@ from pathlib import Path
 
 from codellama.artifact import new_folder
 from codellama.data.corpus import corpus_documents
-from codellama.recipe import Recipe, TokenizerSettings
+from codellama.recipe import Recipe
 from codellama.tokenizer import Tokenizer
 from codellama.tokenizer.variants import INFILLING_PIECES
+from codellama.weights import load_tokenizer, open_weights
 
 
 def prepare_tokenizer(recipe: Recipe) -> Path:
@@ -23,26 +24,41 @@ def prepare_tokenizer(recipe: Recipe) -> Path:
             holds another vocabulary.
     """
     folder = recipe.tokenizer_dir
-    settings = recipe.tokenizer
     if folder.is_dir():
-        _check_same(folder, settings)
+        _check_same(folder, recipe)
         return folder
-    if settings.path is not None:
-        tokenizer = Tokenizer.load(settings.path)
-    else:
-        tokenizer = Tokenizer.train(_sample(recipe), settings.vocab_size)
+    tokenizer = _given(recipe)
+    if tokenizer is None:
+        tokenizer = Tokenizer.train(_sample(recipe), recipe.tokenizer.vocab_size)
     with new_folder(folder) as temporary:
         tokenizer.save(temporary)
     return folder
 
 
-def _check_same(folder: Path, settings: TokenizerSettings) -> None:
+def _given(recipe: Recipe) -> Tokenizer | None:
+    """The vocabulary that is not learned: from `tokenizer.path`, or of the weights that all stages
+    come from."""
+    if recipe.tokenizer.path is not None:
+        return Tokenizer.load(recipe.tokenizer.path)
+    roots = {stage.init for stage in recipe.stages.values() if stage.init not in recipe.stages}
+    if "random" in roots:
+        return None
+    if len(roots) > 1:
+        raise ValueError(
+            f"the stages start from {', '.join(sorted(roots))}: say with tokenizer.path whose "
+            "vocabulary they share"
+        )
+    return load_tokenizer(open_weights(roots.pop()))
+
+
+def _check_same(folder: Path, recipe: Recipe) -> None:
     """Refuse a vocabulary that the recipe does not ask for; models may depend on it."""
     found = Tokenizer.load(folder)
-    if settings.path is not None:
-        same = Tokenizer.load(settings.path).file.pieces == found.file.pieces
+    given = _given(recipe)
+    if given is not None:
+        same = given.file.pieces == found.file.pieces
     else:
-        same = found.vocab_size == settings.vocab_size + len(INFILLING_PIECES)
+        same = found.vocab_size == recipe.tokenizer.vocab_size + len(INFILLING_PIECES)
     if not same:
         raise ValueError(
             f"{folder} holds another vocabulary ({found.vocab_size} ids) than the recipe asks for; "

@@ -14,9 +14,9 @@ import torch
 from codellama.model.checkpoint import DTYPES
 from codellama.model.config import ModelConfig
 from codellama.recipe import Recipe, Stage
-from codellama.tokenizer.variants import VARIANTS
 from codellama.train.loss import CHUNK_TOKENS
 from codellama.train.metrics import matrix_flops_per_s
+from codellama.train.start import stage_config
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def plan(
         ValueError: no such stage, model or hardware, or sequences do not divide over the devices.
     """
     stage = recipe.stage(stage_name)
-    config = planned_config(recipe, stage)
+    config = stage_config(recipe, stage)
     device = _this_machine(stage) if hardware is None else _named(hardware)
     n_sequences = stage.batch_tokens // stage.seq_len
     if n_sequences % (n_devices * stage.micro_batch):
@@ -185,17 +185,6 @@ def plan_table(plans: list[dict[str, Any]]) -> list[dict[str, str]]:
         sums["kg CO2"] = f"{sum(p['co2_kg'] for p in plans):,.1f}"
         rows.append(sums)
     return rows
-
-
-def planned_config(recipe: Recipe, stage: Stage) -> ModelConfig:
-    """The model's config in a stage, as the recipe alone tells it."""
-    config = ModelConfig.named(recipe.model.name).replace(**recipe.model.overrides)
-    changes: dict[str, Any] = {"max_position_embeddings": stage.seq_len}
-    if stage.variant is not None:
-        changes["vocab_size"] = VARIANTS[stage.variant].vocab_size
-    if stage.rope_theta is not None:
-        changes["rope_theta"] = stage.rope_theta
-    return config.replace(**changes)
 
 
 def _this_machine(stage: Stage) -> Hardware:

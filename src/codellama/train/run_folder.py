@@ -23,7 +23,7 @@ RECORD = "recipe.json"
 # Stage settings that leave every batch and the rounded loss as they are.
 CHANGEABLE = {
     *("micro_batch", "compile", "recompute"),
-    *("validate_every", "validation_tokens", "save_every", "keep_states"),
+    *("measure_lines", "validate_every", "validation_tokens", "save_every", "keep_states"),
 }
 
 
@@ -42,7 +42,7 @@ def run_record(recipe: Recipe, stage_name: str) -> dict[str, Any]:
         "stage": stage_name,
         "corpus_fingerprint": corpus["fingerprint"],
         "tokenizer_sha256": sha256_file(vocabulary),
-        "model": recipe.model.model_dump(mode="json"),
+        "model": recipe.model.model_dump(mode="json") if recipe.model else None,
         "collections": {
             name: recipe.collections[name].model_dump(mode="json") for name in stage.mixture
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,32 @@ from codellama.model.lora import LoraSettings, add_adapters
 from codellama.model.transformer import Transformer
 from codellama.recipe import Lora, Recipe, Stage
 from codellama.tokenizer import Tokenizer
+from codellama.tokenizer.variants import VARIANTS
 from codellama.weights import build_model, open_weights
 
 N_ADDED_PIECES = 16  # what Code Llama adds to Llama 2's vocabulary (fact sheet 2.2)
 
 
 def stage_config(recipe: Recipe, stage: Stage) -> ModelConfig:
-    """The model's config in a stage, as the recipe states it; no weights are looked at."""
-    config = ModelConfig.named(recipe.model.name).replace(**recipe.model.overrides)
-    return config.replace(
-        max_position_embeddings=stage.seq_len, rope_theta=stage.rope_theta or config.rope_theta
-    )
+    """The model's config in a stage, as the recipe alone tells it where it names a model.
+
+    Raises:
+        ValueError: it names none, and the weights that the stage comes from are not there.
+    """
+    if recipe.model is not None:
+        config = ModelConfig.named(recipe.model.name).replace(**recipe.model.overrides)
+        config = config.replace(max_position_embeddings=stage.seq_len)
+    else:
+        root = stage
+        while root.init in recipe.stages:
+            root = recipe.stages[root.init]
+        config = open_weights(root.init).config
+    changes: dict[str, Any] = {}
+    if stage.variant is not None:
+        changes["vocab_size"] = VARIANTS[stage.variant].vocab_size
+    if stage.rope_theta is not None:
+        changes["rope_theta"] = stage.rope_theta
+    return config.replace(**changes)
 
 
 def initial_model(recipe: Recipe, stage: Stage, tokenizer: Tokenizer) -> Transformer:
