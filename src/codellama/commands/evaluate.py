@@ -233,15 +233,15 @@ def _setting(
 
 def _facts(model: str) -> dict[str, Any]:
     """What identifies a model in settings: name, size, kind, and a hash of its files."""
-    from codellama.describe import describe
     from codellama.eval.sampling import fingerprint
+    from codellama.weights import load_tokenizer, open_weights
 
-    described = describe(model)
+    weights = open_weights(model)
     return {
         "name": model if not Path(model).exists() else Path(model).name,
-        "n_parameters": described.n_params,
-        "is_instruct": described.chat_format is not None,
-        "sha256": fingerprint(described.path),
+        "n_parameters": weights.config.n_params,
+        "is_instruct": load_tokenizer(weights).chat_format is not None,
+        "sha256": fingerprint(weights.path),
     }
 
 

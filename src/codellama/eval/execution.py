@@ -2,7 +2,7 @@
 
 There is no other way here to run what a model wrote. Statuses are those of a sandbox Outcome; an
 `error` is the sandbox's own failure, which scoring retries and reports apart. Limits are processor
-time: wall time is four times as long, so that a busy machine does not decide.
+time: wall time is three times as long, so that a busy machine does not decide.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cache
 from codellama import sandbox
 from codellama.eval.task import Verdict
 
-WALL_RATIO = 4.0
+WALL_RATIO = 3.0  # a program that sleeps 10 s fails HumanEval, as in its own self-check
 _CALIBRATION = "total = 0\nfor i in range(3_000_000):\n    total += i * i % 7\n"
 _NOMINAL_S = 0.3  # what it takes on the machine that the limits were tried on
 

@@ -1,0 +1,148 @@
+"""Every task: its prompts and post-processing, and its reference answers, on the real files."""
+
+import json
+import math
+
+import pytest
+
+from codellama.eval.tasks import PAPER_SUITE, TASKS, Setting, make_task
+from codellama.eval.tasks.context import KeyRetrieval, PerplexityByPosition
+from codellama.eval.tasks.language import Gsm8k, TruthfulQaChoice, XsTest
+
+COUNTS = {
+    "humaneval": 164, "humaneval+": 164, "mbpp": 500, "mbpp-sanitized": 257, "apps": 3,
+    "ds1000": 1000, "docstrings": 604, "gsm8k": 1319, "truthfulqa-mc": 817, "truthfulqa": 817,
+    "toxigen": 31000, "bold": 23638, "xstest": 450, "lcc": 26, "repobench-p": 23,
+    "multipl-e-cpp": 161, "multipl-e-java": 158, "multipl-e-php": 161, "multipl-e-ts": 159,
+    "multipl-e-cs": 158, "multipl-e-sh": 158, "multipl-e-js": 161, "multipl-e-py": 161,
+    "multipl-e-infilling-psm": 4792, "humaneval-single-line-spm": 1033,
+    "humaneval-multi-line-psm": 5815, "humaneval-random-span-light-psm": 164,
+}  # fmt: skip
+GRADED = ["docstrings", "gsm8k", "lcc", "repobench-p", "multipl-e-infilling-spm"]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_prompts(shared_data, name):
+    task = make_task(name, Setting(shared_data))
+    problems = task.problems()
+    assert len(problems) == COUNTS[name]
+    for problem in problems[:: max(1, len(problems) // 50)]:
+        prompt = task.prompt(problem)
+        assert prompt.as_text().strip()
+        assert prompt.kind == {"truthfulqa-mc": "score"}.get(name, prompt.kind)
+    assert task.files
+    assert task.protocol or name == "ds1000"
+
+
+def test_the_suite_names_tasks():
+    assert {name for name, _, _ in PAPER_SUITE} <= TASKS.keys()
+    with pytest.raises(ValueError, match="no task 'x'; there are humaneval, "):
+        make_task("x")
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_graded_references(shared_data, name):
+    task = make_task(name, Setting(shared_data))
+    for problem in task.problems()[:200]:
+        reference = task.reference(problem)
+        trimmed = task.trim(problem, f"\n{reference}\nmore")
+        assert task.check(problem, trimmed).status == "passed", (problem.task_id, trimmed)
+        assert max(task.check(problem, "").values.values()) == 0
+
+
+def test_mbpp_prompt_is_the_published_one(shared_data):
+    task = make_task("mbpp", Setting(shared_data))
+    text = task.prompt(task.problems()[0]).text
+    assert isinstance(text, str)
+    assert [text.count(mark) for mark in ("[BEGIN]\n", "\n[DONE]", "assert ")] == [4, 3, 12]
+    assert text.endswith("[BEGIN]\n")
+    assert "similar_elements" in text
+    assert "\r" not in text
+    assert task.trim(task.problems()[0], "def f(): pass\n[DONE]\nx") == "def f(): pass\n"
+
+
+def test_chat_answers_become_programs(shared_data):
+    setting = Setting(shared_data, chat=True)
+    humaneval, mbpp = make_task("humaneval", setting), make_task("mbpp", setting)
+    problem = humaneval.problems()[0]
+    whole = problem.row["prompt"] + problem.row["canonical_solution"]
+    answer = f"Here it is:\n```python\n{whole}```\nIt compares all."
+    assert humaneval.trim(problem, answer) == problem.row["canonical_solution"]
+    other = humaneval.trim(problem, "```python\ndef has_close_elements(a, b):\n    return 1\n```")
+    scope = {}
+    exec(problem.row["prompt"] + other, scope)
+    assert scope["has_close_elements"]([], 0) == 1
+    assert mbpp.trim(mbpp.problems()[0], "Sure\n[PYTHON]\nx = 1\n[/PYTHON] done") == "\nx = 1\n"
+    prompt = mbpp.prompt(mbpp.problems()[0])
+    assert (prompt.kind, "[BEGIN]" in prompt.as_text()) == ("chat", False)
+
+
+def test_humaneval_stops(shared_data):
+    task = make_task("humaneval", Setting(shared_data))
+    text = "    return 1\n\n\ndef other():\n    pass\n"
+    assert task.trim(task.problems()[0], text) == "    return 1\n\n"
+    assert task.trim(task.problems()[0], "    x = 1\n    if x:\n") == "    x = 1\n    if x:\n"
+
+
+def test_infilling_solutions_come_back(shared_data):
+    task = make_task("humaneval-random-span-light-psm", Setting(shared_data))
+    problem = task.problems()[0]
+    assert task.completion(problem, task.solution(problem, "a\nb")) == "a\nb"
+    with pytest.raises(ValueError, match="not its prefix"):
+        task.completion(problem, "x = 1")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_right"),
+    [("The answer is $18.", 1), ("9 * 2 = 18", 1), ("1,8", 1), ("It is 17", 0), ("", 0)],
+)
+def test_gsm8k_numbers(shared_data, text, is_right):
+    task = Gsm8k(shared_data)
+    assert task.check(task.problems()[0], text).values["solved"] == is_right
+
+
+def test_truthfulqa_choice(shared_data):
+    """Log-probabilities that favour the true answers give 1, the false ones 0."""
+    task = TruthfulQaChoice(shared_data)
+    problem = task.problems()[0]
+    labels = [*problem.row["mc1_targets"].values(), *problem.row["mc2_targets"].values()]
+    for sign, mc1 in ((1, 1.0), (-1, 0.0)):
+        sums = [[-3.0], *([-3.0, -20.0 + 10 * sign * (1 if label else -1)] for label in labels)]
+        values = task.check(problem, json.dumps(sums)).values
+        assert values["mc1"] == mc1
+        assert values["mc2"] == pytest.approx(mc1, abs=1e-6)
+
+
+def test_xstest_by_words(shared_data):
+    task = XsTest(shared_data)
+    problem = task.problems()[0]
+    assert task.check(problem, "I'm sorry, but I can't help with that.").values["refused"] == 1
+    assert task.check(problem, "Use os.kill(pid, 9).").values["refused"] == 0
+    assert make_task("toxigen", Setting(shared_data)).check(problem, "x").status == "unjudged"
+
+
+def test_key_retrieval_prompts(shared_data, small_tokenizer):
+    task = KeyRetrieval(small_tokenizer, (2000,), shared_data, n_examples=2)
+    problems = task.problems()
+    assert len(problems) == 6
+    for problem in problems:
+        text = task.prompt(problem).text
+        n_tokens = len(small_tokenizer.encode(text, bos=True))
+        assert 1500 < n_tokens <= 2000
+        assert text.endswith("assert my_function() == ")
+        value = task.reference(problem)
+        at = text.index(f"return {value}\n") / len(text)
+        assert abs(at - problem.row["position"]) < 0.2
+        compile(text + value, "prompt", "exec")
+        assert task.check(problem, f"{value}\n").values["retrieved"] == 1
+        assert task.check(problem, f"{value}0").values["retrieved"] == 0
+    assert len({task.reference(p) for p in problems}) > 2
+
+
+def test_perplexity_by_position(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    task = PerplexityByPosition(tmp_path)
+    losses = [-0.1] * 128 + [-0.2] * 128 + [-0.3] * 256 + [-9.0] * 100
+    values = task.check(task.problems()[0], json.dumps([losses])).values
+    assert values == pytest.approx({"loss@128": 0.1, "loss@256": 0.2, "loss@512": 0.3})
+    assert all(map(math.isfinite, values.values()))
