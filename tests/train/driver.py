@@ -10,6 +10,7 @@ new start, only faster.
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -68,6 +69,10 @@ def hinder(request: dict) -> None:
             on_call(*kills[where], number, lambda *_, **__: kill_self())
     if number := request.get("no_space_at_save"):
         on_call(state, "save_file", number, no_space)
+    if found := request.get("kill_rank_at_step"):
+        rank, at = found
+        if os.environ.get("RANK") == str(rank):
+            on_call(torch.optim.AdamW, "step", at, lambda *_, **__: kill_self())
     if found := request.get("signal_at_step"):
         number, at = found
         step = torch.optim.AdamW.step
@@ -100,7 +105,8 @@ def run_child(request: dict) -> None:
     recipe = load_recipe(request["recipe"], request.get("overrides", ()))
     hinder(request)
     try:
-        train(recipe, request.get("stage", "code"), n_workers=request.get("n_workers", 0))
+        layout = {name: request[name] for name in ("n_replicas", "n_tensor") if name in request}
+        train(recipe, request.get("stage", "code"), n_workers=request.get("n_workers", 0), **layout)
     except TrainingStopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         code = 7
@@ -113,20 +119,40 @@ def run_child(request: dict) -> None:
     os._exit(code)
 
 
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def join(rank: int, n_ranks: int, port: int) -> None:
+    """What torchrun tells a process."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_ranks}
+    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in values.items()})
+
+
 def main() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)
         with tempfile.TemporaryFile() as log:
             begin = time.perf_counter()
-            child = os.fork()
-            if child == 0:
-                os.dup2(log.fileno(), 2)
-                run_child(request)
+            n_ranks, port = request.get("ranks", 1), free_port()
+            children = []
+            for rank in range(n_ranks):
+                child = os.fork()
+                if child == 0:
+                    os.dup2(log.fileno(), 2)
+                    if n_ranks > 1:
+                        join(rank, n_ranks, port)
+                    run_child(request)
+                children.append(child)
             if "kill_after_s" in request:
                 time.sleep(request["kill_after_s"])
-                os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
+                os.kill(children[-1], signal.SIGKILL)
+            statuses = [os.waitpid(child, 0)[1] for child in children]
+            status = max(statuses)
             seconds = time.perf_counter() - begin
             log.seek(0)
             text = log.read().decode()

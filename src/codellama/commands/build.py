@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,8 @@ from codellama.commands.options import (
     Model,
     Overrides,
     RecipeFile,
+    Replicas,
+    TensorParts,
     Workers,
     check_device,
     read_recipe,
@@ -30,9 +33,35 @@ if TYPE_CHECKING:
     from codellama.tokenizer import Tokenizer
 
 
-def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Read sources, filter, deduplicate, and write the corpus and the vocabulary."""
-    _prepare(read_recipe(recipe, overrides))
+def prepare(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Work on a Ray cluster; auto is the one running here."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Read sources, filter, deduplicate, and write the corpus and the vocabulary.
+
+    What was finished before an interruption is not done again.
+    """
+    loaded = read_recipe(recipe, overrides)
+    if not dry_run:
+        _prepare(loaded, ray)
+        return
+    from codellama.data.prepare import plan_corpus
+
+    plan = plan_corpus(loaded)
+    if as_json:
+        print(json.dumps(plan))
+        return
+    for row in plan:
+        row["unavailable"] = ", ".join(row["unavailable"])
+    print(terminal.table([{name: str(value) for name, value in row.items()} for row in plan]))
 
 
 def train(
@@ -43,6 +72,8 @@ def train(
     overrides: Overrides = None,
     device: Device = "cpu",
     workers: Workers = 1,
+    replicas: Replicas = 1,
+    tensor: TensorParts = 1,
     dry_run: DryRun = False,
     hardware: Hardware = None,
     devices: Devices = 1,
@@ -59,7 +90,7 @@ def train(
     if dry_run:
         _print_plan(loaded, [stage], hardware, devices, mfu, grid, as_json)
     else:
-        _train(loaded, [stage], device, workers)
+        _train(loaded, [stage], device, workers, replicas, tensor)
 
 
 def run(
@@ -95,6 +126,8 @@ def run(
     if dry_run:
         _print_plan(loaded, stages, hardware, devices, mfu, grid, as_json)
         return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise typer.BadParameter("under torchrun: prepare first, then `codellama train` a stage")
     _prepare(loaded)
     if not _train(loaded, stages, device, workers):
         return
@@ -137,11 +170,11 @@ def tokenizer_decode(
     terminal.write(text.decode("utf-8", "surrogateescape") + "\n")
 
 
-def _prepare(recipe: Recipe) -> None:
+def _prepare(recipe: Recipe, ray: str | None = None) -> None:
     from codellama.data.prepare import prepare_corpus
     from codellama.data.vocabulary import prepare_tokenizer
 
-    print(prepare_corpus(recipe))
+    print(prepare_corpus(recipe, ray))
     print(prepare_tokenizer(recipe))
 
 
@@ -152,14 +185,21 @@ def _check_stage(recipe: Recipe, name: str, option: str) -> None:
         raise typer.BadParameter(str(error), param_hint=option) from None
 
 
-def _train(recipe: Recipe, stages: list[str], device: str, workers: int) -> bool:
+def _train(
+    recipe: Recipe,
+    stages: list[str],
+    device: str,
+    workers: int,
+    n_replicas: int = 1,
+    n_tensor: int = 1,
+) -> bool:
     """Run stages one after the other; whether all of them came to their end."""
     check_device(device)
     from codellama.train import TrainingStopped, train
 
     try:
         for stage in stages:
-            print(train(recipe, stage, device, workers))
+            print(train(recipe, stage, device, workers, n_replicas, n_tensor))
             if recipe.stages[stage].measure_lines:
                 _measure_lines(recipe, stage, device)
     except TrainingStopped as stopped:

@@ -52,6 +52,10 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and its cost.")]
+Replicas = Annotated[int, typer.Option(min=1, help="Under torchrun: copies of the sharded model.")]
+TensorParts = Annotated[
+    int, typer.Option("--tensor", min=1, help="Under torchrun: parts that each block is cut into.")
+]
 Hardware = Annotated[
     str | None, typer.Option(help="With --dry-run: a100 or h100; this machine by default.")
 ]

@@ -67,7 +67,7 @@ class Loader:
     ) -> None:
         self._open = (open_mixture, open_tokenizer)
         self._settings = settings
-        self._n_lanes = n_lanes
+        self.n_lanes = n_lanes
         self._own = list(lanes_of_rank(n_lanes, rank, world_size))
         self._n_workers = min(n_workers, len(self._own))
         self.states = [LaneState()] * n_lanes
@@ -82,7 +82,7 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where this rank's lanes stand, as plain lists; those of other ranks are as loaded."""
-        return {"n_lanes": self._n_lanes, "lanes": [list(state) for state in self.states]}
+        return {"n_lanes": self.n_lanes, "lanes": [list(state) for state in self.states]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue behind the batch after which `state` was taken.
@@ -90,10 +90,10 @@ class Loader:
         Raises:
             ValueError: the state is of another global batch.
         """
-        if state["n_lanes"] != self._n_lanes:
+        if state["n_lanes"] != self.n_lanes:
             raise ValueError(
                 f"the loader state is of {state['n_lanes']} sequences a batch, "
-                f"this run has {self._n_lanes}; keep batch_tokens / seq_len"
+                f"this run has {self.n_lanes}; keep batch_tokens / seq_len"
             )
         self.close()
         self.states = [
@@ -129,7 +129,7 @@ class Loader:
         self.close()
 
     def _inline(self) -> Iterator[Rows]:
-        return steps(self._open, self._settings, self._own, self._n_lanes, self.states)
+        return steps(self._open, self._settings, self._own, self.n_lanes, self.states)
 
     def _from_workers(self) -> Iterator[Rows]:
         """Start the workers, each with every n-th lane, and merge what they send."""
@@ -141,7 +141,7 @@ class Loader:
             for worker in range(self._n_workers):
                 receiver, sender = context.Pipe(duplex=False)
                 lanes = self._own[worker :: self._n_workers]
-                arguments = (sender, self._open, self._settings, lanes, self._n_lanes, self.states)
+                arguments = (sender, self._open, self._settings, lanes, self.n_lanes, self.states)
                 process = context.Process(target=work, args=arguments, daemon=True)
                 process.start()
                 sender.close()  # so that the pipe ends when the worker does, whatever kills it

@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,18 @@ from codellama.train.health import Health
 from codellama.train.loss import chunk_loss, linear_cross_entropy
 from codellama.train.metrics import MetricsLog, draw_curve, matrix_flops_per_s
 from codellama.train.optim import learning_rate, make_optimizer
+from codellama.train.parallel import (
+    Layout,
+    all_lanes,
+    any_rank,
+    clip_gradients,
+    distribute,
+    from_main,
+    gathered,
+    make_layout,
+    summed,
+    whole_state,
+)
 from codellama.train.progress import Progress
 from codellama.train.run_folder import (
     RECORD,
@@ -72,22 +85,29 @@ class Run:
     held_out: CorpusReader
     stop: list[int]
     """Signals that were received."""
+    layout: Layout
     step: int = 0
     """Steps that are done."""
 
     def save(self) -> None:
         """Write a train state; a full disk must not end a run, the older states stand."""
-        position = {"loader": self.loader.state_dict(), "health": self.health.state_dict()}
+        lanes = all_lanes(self.loader.states, self.loader.n_lanes, self.layout)
+        position = {
+            "loader": {"n_lanes": self.loader.n_lanes, "lanes": [list(state) for state in lanes]},
+            "health": self.health.state_dict(),
+        }
+        keep = self.stage.keep_states
         try:
             save_state(
-                self.folder, self.step, self.model, self.optimizer, position, self.stage.keep_states
+                self.folder, self.step, self.model, self.optimizer, position, keep, self.layout
             )
         except OSError as error:
-            print(f"warning: train state of step {self.step} not saved: {error}", file=sys.stderr)
+            warn(self.layout, f"train state of step {self.step} not saved: {error}")
 
     def resume(self, keep_place: bool = False) -> bool:
         """Go to the newest undamaged state; `keep_place` leaves the loader where it is."""
-        if (found := load_latest_state(self.folder, self.model, self.optimizer)) is None:
+        found = load_latest_state(self.folder, self.model, self.optimizer, self.layout)
+        if found is None:
             return False
         self.step, position = found
         self.health.load_state_dict(position["health"])
@@ -96,36 +116,55 @@ class Run:
         return True
 
 
-def train(recipe: Recipe, stage_name: str, device: str = "cpu", n_workers: int = 1) -> Path:
+def train(
+    recipe: Recipe,
+    stage_name: str,
+    device: str = "cpu",
+    n_workers: int = 1,
+    n_replicas: int = 1,
+    n_tensor: int = 1,
+) -> Path:
     """Run one stage, or what is left of it, and return its checkpoint folder.
 
+    Args:
+        n_replicas, n_tensor: how the processes that torchrun started share the work; see
+            parallel.py.
+
     Raises:
-        ValueError: wrong stage, missing corpus or tokenizer, or the run folder holds a run with
-            other settings.
+        ValueError: wrong stage, missing corpus or tokenizer, the run folder holds a run with other
+            settings, or the work does not divide over the processes.
         OSError: the checkpoint cannot be written; train states are untouched.
         TrainingStopped: SIGTERM or SIGINT arrived; the state of the last step is saved.
     """
     stage = recipe.stage(stage_name)
     folder = recipe.run_dir(stage_name)
     checkpoint = folder / "checkpoint"
+    layout = make_layout(device, n_replicas, n_tensor)
     folder.mkdir(parents=True, exist_ok=True)
-    with only_trainer(folder), stop_signals() as stop:
+    with only_trainer(folder, layout.is_main), stop_signals() as stop:
         record = run_record(recipe, stage_name)
         check_same_run(folder, record)
-        if checkpoint.is_dir():
-            print(f"{checkpoint}: already trained", file=sys.stderr)
+        if from_main(checkpoint.is_dir(), layout):
+            if layout.is_main:
+                print(f"{checkpoint}: already trained", file=sys.stderr)
             return checkpoint
         torch.use_deterministic_algorithms(stage.deterministic)
         tokenizer = Tokenizer.load(recipe.tokenizer_dir, stage.variant)
         model = initial_model(recipe, stage, tokenizer).to(device)
-        # Not before everything was found: a start that fails must not hold the folder.
-        write_file(folder / RECORD, json.dumps(record, indent=2) + "\n")
+        if stage.lora is not None and not layout.is_alone:
+            raise ValueError("lora trains in one process; start it without torchrun")
+        forward = distribute(model, layout, LossFunction(model, stage, layout.is_alone))
+        if layout.is_main:
+            # Not before everything was found: a start that fails must not hold the folder.
+            write_file(folder / RECORD, json.dumps(record, indent=2) + "\n")
         open_shares = partial(open_mixture, recipe.corpus_dir, recipe.collections, stage.mixture)
         with Loader(
             open_shares,
             partial(Tokenizer.load, recipe.tokenizer_dir, stage.variant),
             packing_settings(stage),
             n_lanes=stage.batch_tokens // stage.seq_len,
+            rank=layout.data_rank,
+            world_size=layout.n_data,
             n_workers=n_workers,
         ) as loader:
             run = Run(
@@ -138,17 +177,22 @@ def train(recipe: Recipe, stage_name: str, device: str = "cpu", n_workers: int =
                 tokenizer=tokenizer,
                 held_out=corpus_documents(recipe.corpus_dir, "validation"),
                 stop=stop,
+                layout=layout,
             )
-            if run.resume():
+            if run.resume() and layout.is_main:
                 print(f"resumed at step {run.step}", file=sys.stderr)
-            _take_steps(run, open_shares)
-            report = mixture_report(open_shares(), loader.states)
-        write_file(folder / "mixture.json", json.dumps(report, indent=2) + "\n")
-        weights = model.state_dict()
-        if stage.lora is not None:
-            weights = merged_state(model)
-            save_adapter(folder / "adapter", model, lora_settings(stage.lora), stage.init)
-        save_checkpoint(checkpoint, model.config, weights, stage.dtype, write_more=tokenizer.save)
+            _take_steps(run, forward, open_shares)
+            lanes = all_lanes(loader.states, loader.n_lanes, layout)
+        weights = whole_state(model, layout) if stage.lora is None else merged_state(model)
+        if layout.is_main:
+            report = mixture_report(open_shares(), lanes)
+            write_file(folder / "mixture.json", json.dumps(report, indent=2) + "\n")
+            if stage.lora is not None:
+                save_adapter(folder / "adapter", model, lora_settings(stage.lora), stage.init)
+            save_checkpoint(
+                checkpoint, model.config, weights, stage.dtype, write_more=tokenizer.save
+            )
+        from_main(None, layout)  # nobody goes on before it is there
     return checkpoint
 
 
@@ -159,24 +203,23 @@ def packing_settings(stage: Stage) -> PackingSettings:
     )
 
 
-def _take_steps(run: Run, open_shares: Any) -> None:
+def _take_steps(run: Run, forward: Callable[..., Tensor], open_shares: Any) -> None:
     """Take optimiser steps to the end of the stage."""
-    stage = run.stage
+    stage, layout = run.stage, run.layout
     device = str(next(run.model.parameters()).device)
-    forward = LossFunction(run.model, stage)
     peak = matrix_flops_per_s(device, DTYPES[stage.dtype])
     flops_per_token = run.model.config.train_flops_per_token(stage.seq_len)
     if len(run.held_out) == 0:
-        print("warning: the corpus has no held-out documents: no validation", file=sys.stderr)
-    log = MetricsLog(run.folder, run.step)
+        warn(layout, "the corpus has no held-out documents: no validation")
+    log = MetricsLog(run.folder, run.step, layout.is_main)
     has_gone_back = False  # since the last step that was taken
     is_first = True
     stepping_s = 0.0  # time in steps, without the first one: it starts workers and compiles
     last = time.perf_counter()
     try:
-        with Progress(stage.steps, run.step) as progress:
+        with Progress(stage.steps, run.step, layout.is_main) as progress:
             while run.step < stage.steps:
-                before = run.loader.state_dict()
+                before = list(run.loader.states)
                 rate = learning_rate(stage, run.step)
                 loss, norm = _gradients(run, next(run.loader), forward, device)
                 problem = run.health.judge(loss, norm)
@@ -199,7 +242,7 @@ def _take_steps(run: Run, open_shares: Any) -> None:
                     "skipped": problem is not None,
                     "tokens": run.step * stage.batch_tokens,
                     "tokens_per_s": round(speed, 1),
-                    "mfu": round(speed * flops_per_token / peak, 4),
+                    "mfu": round(speed * flops_per_token / (peak * layout.n_ranks), 4),
                     "stall_share": round(run.loader.stall_s / stepping_s, 5) if stepping_s else 0.0,
                 }
                 log.write(row)
@@ -215,36 +258,45 @@ def _take_steps(run: Run, open_shares: Any) -> None:
                             )
                         has_gone_back = True
                         run.health.n_skipped = 0
-                        print(f"back to step {run.step}, behind that data", file=sys.stderr)
+                        warn(layout, f"back to step {run.step}, behind that data")
                         log.close()
-                        log = MetricsLog(run.folder, run.step)
+                        log = MetricsLog(run.folder, run.step, layout.is_main)
                         run.save()
                         last = time.perf_counter()
                         continue
                 if run.step % stage.validate_every == 0 or run.step == stage.steps:
                     if len(run.held_out) > 0:
-                        result = validate(run.model, run.tokenizer, run.held_out, stage)
+                        with gathered(run.model):
+                            result = validate(run.model, run.tokenizer, run.held_out, stage)
                         log.write({"step": run.step, **result})
                         progress.note(run.step, result)
-                    _draw(run.folder)
+                    _draw(run)
                 # Not among skipped steps: the way back leads to a state from before them.
                 due = run.step % stage.save_every == 0 and problem is None
-                if due or run.step == stage.steps or run.stop:
+                is_stopping = any_rank(bool(run.stop), layout)
+                if due or run.step == stage.steps or is_stopping:
                     run.save()
                 last = time.perf_counter()
-                if run.stop and run.step < stage.steps:
+                if is_stopping and run.step < stage.steps:
                     raise TrainingStopped(
                         f"stopped at step {run.step} of {stage.steps}; the same command continues"
                     )
     finally:
         log.close()
-        _draw(run.folder)
+        _draw(run)
 
 
-def _gradients(run: Run, batch: Batch, forward: LossFunction, device: str) -> tuple[float, float]:
-    """Add up the gradients of a batch; returns its loss and the norm before clipping."""
+def _gradients(
+    run: Run, batch: Batch, forward: Callable[..., Tensor], device: str
+) -> tuple[float, float]:
+    """Add up the gradients of a batch; returns its loss and the norm before clipping.
+
+    The mean is over the tokens of the global batch, so that it does not depend on the layout.
+    """
     loss = torch.zeros((), device=device)
-    weights = batch.loss_mask.float() / batch.loss_mask.sum().clamp(min=1)
+    n_tokens = summed(batch.loss_mask.sum().to(device), run.layout).clamp(min=1).cpu()
+    # Ranks average their gradients; what is wanted is the sum.
+    weights = batch.loss_mask.float() / n_tokens * run.layout.n_data
     for micro, weight in zip(
         batch.micro_batches(run.stage.micro_batch),
         weights.split(run.stage.micro_batch),
@@ -253,19 +305,20 @@ def _gradients(run: Run, batch: Batch, forward: LossFunction, device: str) -> tu
         part = forward(micro.to(device), weight.to(device))
         part.backward()
         loss += part.detach()
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.stage.grad_clip)
-    return loss.item(), norm.item()
+    norm = clip_gradients(run.model, run.stage.grad_clip)
+    return (summed(loss, run.layout) / run.layout.n_data).item(), norm
 
 
-def _note_skipped(run: Run, problem: str, before: dict[str, Any], open_shares: Any) -> None:
+def _note_skipped(run: Run, problem: str, before: list[LaneState], open_shares: Any) -> None:
     """Warn of a step that was not taken, and record the documents of its batch."""
-    print(f"warning: step {run.step} skipped: {problem}", file=sys.stderr)
-    shares, n_lanes = open_shares(), before["n_lanes"]
+    warn(run.layout, f"step {run.step} skipped: {problem}")
+    lanes = all_lanes(before, run.loader.n_lanes, run.layout)
+    if not run.layout.is_main:
+        return
+    shares, settings = open_shares(), packing_settings(run.stage)
     documents: list[str] = []
-    for number, (turns, tokens, offset) in enumerate(before["lanes"]):
-        state = LaneState(tuple(turns), tuple(tokens), offset)
-        settings = packing_settings(run.stage)
-        lane = Lane(shares, run.tokenizer, settings, number, n_lanes, state)
+    for number, state in enumerate(lanes):
+        lane = Lane(shares, run.tokenizer, settings, number, len(lanes), state)
         lane.next_sequence()
         documents += lane.names
     row = {"step": run.step, "reason": problem, "documents": documents}
@@ -276,13 +329,13 @@ def _note_skipped(run: Run, problem: str, before: dict[str, Any], open_shares: A
 class LossFunction:
     """Batch to loss: compiled where a C++ compiler exists, in the stage's precision."""
 
-    def __init__(self, model: Transformer, stage: Stage) -> None:
+    def __init__(self, model: Transformer, stage: Stage, may_compile: bool = True) -> None:
         self._model = model
         self._dtype = DTYPES[stage.dtype]
         self._document_mask = stage.document_mask
         self._hidden: Any = model.model
         self._chunk: Any = chunk_loss
-        if stage.compile and can_compile():
+        if stage.compile and may_compile and can_compile():
             self._hidden = torch.compile(self._decode, dynamic=False)
             self._chunk = torch.compile(chunk_loss)
         else:
@@ -315,8 +368,16 @@ def can_compile() -> bool:
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def _draw(run_dir: Path) -> None:
+def warn(layout: Layout, message: str) -> None:
+    """One line on standard error, from one rank."""
+    if layout.is_main:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def _draw(run: Run) -> None:
+    if not run.layout.is_main:
+        return
     try:
-        draw_curve(run_dir)
+        draw_curve(run.folder)
     except OSError as error:
-        print(f"warning: loss curve not drawn: {error}", file=sys.stderr)
+        warn(run.layout, f"loss curve not drawn: {error}")

@@ -41,8 +41,11 @@ class MetricsLog:
     A file that cannot be written to is a warning: training does not depend on it.
     """
 
-    def __init__(self, run_dir: Path, first_step: int) -> None:
+    def __init__(self, run_dir: Path, first_step: int, is_main: bool = True) -> None:
         self._path = run_dir / METRICS_FILE
+        self._file = None
+        if not is_main:  # of the processes of a run one writes
+            return
         kept = [row for row in read_metrics(run_dir) if row["step"] <= first_step]
         write_file(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self._path.open("ab", buffering=0)
@@ -51,6 +54,8 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """Add one row; it reaches the file at once, or with a later one. NaN becomes null."""
+        if self._file is None:
+            return
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self._pending += json.dumps(finite).encode() + b"\n"
         try:
@@ -63,7 +68,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,8 @@ _LINE_EVERY_S = 30
 class Progress:
     """Shows steps done, loss, tokens/s, MFU and the time left."""
 
-    def __init__(self, n_steps: int, first_step: int) -> None:
+    def __init__(self, n_steps: int, first_step: int, is_main: bool = True) -> None:
+        self._is_main = is_main
         console = Console(file=sys.stderr)
         self._bar = Bar(
             TextColumn("training"),
@@ -25,7 +26,7 @@ class Progress:
             TextColumn("{task.fields[facts]}"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not (is_main and console.is_terminal),
         )
         self._task = self._bar.add_task("", total=n_steps, completed=first_step, facts="")
         self._n_steps = n_steps
@@ -37,7 +38,7 @@ class Progress:
         facts = f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  MFU {row['mfu']:.1%}"
         self._bar.update(self._task, completed=row["step"], facts=facts)
         now = time.monotonic()
-        if self._bar.disable and now - self._last_line >= _LINE_EVERY_S:
+        if self._is_main and self._bar.disable and now - self._last_line >= _LINE_EVERY_S:
             self._last_line = now
             step, begin = self._first
             left_s = (now - begin) / max(1, row["step"] - step) * (self._n_steps - row["step"])
@@ -49,6 +50,8 @@ class Progress:
 
     def note(self, step: int, result: dict[str, float]) -> None:
         """Print a validation result."""
+        if not self._is_main:
+            return
         facts = "  ".join(f"{name} {value:.4f}" for name, value in result.items())
         self._bar.console.print(f"step {step}  {facts}", highlight=False)
 

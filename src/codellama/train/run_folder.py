@@ -89,8 +89,14 @@ def _flat(record: dict[str, Any]) -> dict[str, str]:
 
 
 @contextmanager
-def only_trainer(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder's lock; a second trainer on the same folder is refused."""
+def only_trainer(run_dir: Path, is_main: bool = True) -> Iterator[None]:
+    """Hold the run folder's lock; a second trainer on the same folder is refused.
+
+    Of several processes that train together the main one holds it.
+    """
+    if not is_main:
+        yield
+        return
     with (run_dir / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 
 from codellama.artifact import MANIFEST, new_folder, read_manifest, sha256_file, write_manifest
+from codellama.train.parallel import ALONE, Layout, from_main
 
-_TENSORS = "tensors.safetensors"
+_TENSORS = "tensors.safetensors"  # of one process; several write a file each
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _SUMS = "SHA256SUMS"
 
 
@@ -31,37 +40,75 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     position: dict[str, Any],
     keep: int,
+    layout: Layout = ALONE,
 ) -> None:
     """Write the state behind `step` steps, then delete all but the newest `keep` states.
 
     States of later steps are deleted too: a run is at `step` again only because they are damaged.
+    Every rank must call it; each writes what it holds.
 
     Raises:
         OSError: it cannot be written; older states are untouched.
     """
     folder = run_dir / "states" / f"step-{step:08d}"
+    tensors = _tensors(model, optimizer)
+    error: OSError | None = None
+    try:
+        with new_folder(folder) if layout.is_main else nullcontext() as temporary:
+            target = from_main(temporary, layout)
+            if layout.is_alone:
+                tensors["rng"] = torch.get_rng_state()
+                _save_whole(tensors, target / _TENSORS)
+            else:
+                _save_parts(tensors, target)
+            if layout.is_main:
+                write_manifest(target, "train-state", step=step, position=position)
+                (target / _SUMS).write_text(_checksums(target), encoding="utf-8")
+    except OSError as raised:
+        error = raised
+    if (error := from_main(error, layout)) is not None:  # so that no rank waits for another
+        raise error
+    if layout.is_main:
+        folders = _state_folders(run_dir)
+        for old in folders[folders.index(folder) + keep :] + folders[: folders.index(folder)]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a run has learned so far, by name; parts of tensors where ranks share them."""
     learned = _learned(model)
     tensors = {f"model.{name}": parameter.detach() for name, parameter in learned.items()}
     for name, parameter in learned.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = value
-    tensors["rng"] = torch.get_rng_state()
-    with new_folder(folder) as temporary:
-        try:
-            save_file(tensors, temporary / _TENSORS)
-        except SafetensorError as error:
-            raise OSError(f"{folder / _TENSORS}: cannot be written: {error}") from None
-        write_manifest(temporary, "train-state", step=step, position=position)
-        (temporary / _SUMS).write_text(_checksums(temporary), encoding="utf-8")
-    folders = _state_folders(run_dir)
-    for old in folders[folders.index(folder) + keep :] + folders[: folders.index(folder)]:
-        shutil.rmtree(old, ignore_errors=True)
+    return tensors
+
+
+def _save_whole(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from None
+
+
+def _save_parts(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Each rank writes its parts, as safetensors with their places in the header."""
+    try:
+        state_dict_saver.save(
+            tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        )
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise OSError(f"{folder}: cannot be written: {reason}") from None
 
 
 def load_latest_state(
-    run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    run_dir: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    layout: Layout = ALONE,
 ) -> tuple[int, dict[str, Any]] | None:
-    """Restore model and optimiser from the newest undamaged state.
+    """Restore model and optimiser from the newest undamaged state, whatever wrote it.
 
     Returns:
         (step, position), or None where there is no state at all.
@@ -69,52 +116,79 @@ def load_latest_state(
     Raises:
         ValueError: there are states, and every one of them is damaged.
     """
+    found = from_main(_newest(run_dir) if layout.is_main else None, layout)
+    if isinstance(found, ValueError):
+        raise found
+    if found is None:
+        return None
+    folder, manifest = found
+    if layout.is_alone and (folder / _TENSORS).exists():
+        _restore(load_file(folder / _TENSORS), model, optimizer)
+    else:
+        _restore_parts(folder, model, optimizer, layout)
+    return manifest["step"], manifest["position"]
+
+
+def _newest(run_dir: Path) -> tuple[Path, dict[str, Any]] | ValueError | None:
+    """The newest folder whose checksums hold; an error where none of several does."""
     folders = _state_folders(run_dir)
     for folder in folders:
         try:
-            manifest, tensors = _read(folder)
-        except ValueError as error:
-            print(f"warning: {error}; trying the state before it", file=sys.stderr)
-            continue
-        _restore(tensors, model, optimizer)
-        return manifest["step"], manifest["position"]
+            # Bytes: a flipped bit may leave no text.
+            if (folder / _SUMS).read_bytes() != _checksums(folder).encode():
+                raise ValueError(f"{folder}: damaged: a file does not have the checksum in {_SUMS}")
+            return folder, read_manifest(folder, "train-state")
+        except (OSError, ValueError) as error:
+            reason = f"{folder}: damaged: {error}" if isinstance(error, OSError) else str(error)
+            print(f"warning: {reason}; trying the state before it", file=sys.stderr)
     if folders:
-        raise ValueError(
+        return ValueError(
             f"{run_dir / 'states'}: every train state is damaged; delete the folder to start again"
         )
     return None
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a state into memory once its checksums hold."""
-    try:
-        # Bytes: a flipped bit may leave no text.
-        if (folder / _SUMS).read_bytes() != _checksums(folder).encode():
-            raise ValueError(f"{folder}: damaged: a file does not have the checksum in {_SUMS}")
-        return read_manifest(folder, "train-state"), load_file(folder / _TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder}: damaged: {error}") from None
-
-
 def _checksums(folder: Path) -> str:
-    return "".join(f"{sha256_file(folder / name)}  {name}\n" for name in (MANIFEST, _TENSORS))
+    names = [MANIFEST, *sorted(path.name for path in folder.glob("*.safetensors"))]
+    return "".join(f"{sha256_file(folder / name)}  {name}\n" for name in names)
 
 
 def _restore(
     tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Copy a state's tensors into a model and its optimiser."""
-    torch.set_rng_state(tensors["rng"])
+    if "rng" in tensors:
+        torch.set_rng_state(tensors["rng"])
     with torch.no_grad():
         for name, parameter in _learned(model).items():
-            parameter.copy_(tensors[f"model.{name}"])
+            if parameter is not tensors[f"model.{name}"]:
+                parameter.copy_(tensors[f"model.{name}"])
             # Clones: the file's tensors are mapped to a file that will be deleted. There are none
             # where every step so far was skipped.
             optimizer.state[parameter] = {
                 key: tensors[f"{key}.{name}"].to(parameter.device, copy=True)
-                for key in ("step", "exp_avg", "exp_avg_sq")
+                for key in _MOMENTS
                 if f"{key}.{name}" in tensors
             }
+
+
+def _restore_parts(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, layout: Layout
+) -> None:
+    """Read what this rank holds of each tensor, however the ranks that wrote it were laid out."""
+    reader = HuggingFaceStorageReader(str(folder))
+    written = reader.read_metadata().state_dict_metadata
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in _learned(model).items():
+        tensors[f"model.{name}"] = torch.empty_like(parameter)
+        for key in _MOMENTS:
+            if f"{key}.{name}" in written:
+                is_count = key == "step"
+                tensors[f"{key}.{name}"] = (
+                    torch.zeros(()) if is_count else torch.empty_like(parameter)
+                )
+    state_dict_loader.load(tensors, storage_reader=reader, no_dist=layout.is_alone)
+    _restore(tensors, model, optimizer)
 
 
 def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
