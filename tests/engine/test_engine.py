@@ -1,7 +1,9 @@
 """The engine against the slow reference and against Transformers, on random float32 weights."""
 
+import asyncio
 import threading
 import time
+from contextlib import aclosing
 
 import pytest
 import torch
@@ -239,3 +241,159 @@ def test_int8_weights_generate(model, small_tokenizer, tmp_path):
     halves = Engine(tmp_path / "m").complete(PROMPTS, params)
     n_same = sum(a.token_ids[0] == b.token_ids[0] for a, b in zip(integers, halves, strict=True))
     assert n_same >= 4
+
+
+def test_cancelled_at_any_moment(engine, monkeypatch):
+    """Nothing leaks and nobody else is disturbed, whenever it happens."""
+    params = SamplingParams(max_tokens=25)
+    expected = engine.complete(PROMPTS[:1], params)[0]
+    slow_down(engine, monkeypatch, 0.001)
+    ids = engine.tokenizer.encode(PROMPTS[2], bos=True)
+    for n in range(30):
+        victims = [
+            engine.submit([*ids, n], SamplingParams(max_tokens=60), (), lambda: None)
+            for _ in range(4)
+        ]
+        timer = threading.Timer(0.001 * n, lambda v=victims: [g.cancel() for g in v])
+        timer.start()
+        assert engine.complete(PROMPTS[:1], params)[0] == expected
+        timer.join()
+        assert {g.completion().finish_reason for g in victims} <= {"cancelled", "length"}
+    assert is_empty(engine)
+
+
+def test_a_damaged_request_fails_alone(engine, monkeypatch):
+    """One whose logits are not numbers, and one whose caller's listener is gone."""
+    expected = engine.complete(PROMPTS[1:3], SamplingParams(max_tokens=20))
+    poison = engine.tokenizer.encode(PROMPTS[0], bos=True)
+    logits = engine._runner.logits
+
+    def poisoned(tokens, spans, wanted):
+        out = logits(tokens, spans, wanted).clone()
+        if poison[-3:] == tokens[: len(poison)][-3:]:
+            out[0] = float("nan")
+        return out
+
+    monkeypatch.setattr(engine._runner, "logits", poisoned)
+    results: dict[int, object] = {}
+
+    def work(number, prompt):
+        try:
+            results[number] = engine.complete([prompt], SamplingParams(max_tokens=20))[0]
+        except ValueError as error:
+            results[number] = str(error)
+
+    threads = [
+        threading.Thread(target=work, args=(n, p)) for n, p in enumerate([poison, *PROMPTS[1:3]])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert "not a number" in str(results[0])
+    assert [results[1], results[2]] == expected
+    assert is_empty(engine)
+
+
+def test_after_a_failed_step_the_engine_goes_on(engine, monkeypatch):
+    expected = engine.complete(PROMPTS, SamplingParams(max_tokens=9))
+    run = engine._runner.run
+    monkeypatch.setattr(engine._runner, "run", lambda plan: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.complete(PROMPTS, SamplingParams(max_tokens=9))
+    assert is_empty(engine)
+    monkeypatch.setattr(engine._runner, "run", run)
+    assert engine.complete(PROMPTS, SamplingParams(max_tokens=9)) == expected
+
+
+def test_many_streams_in_an_event_loop(engine, monkeypatch):
+    """Concurrent streams, one of which is left and one of which is cancelled."""
+    slow_down(engine, monkeypatch, 0.002)
+    params = SamplingParams(max_tokens=25)
+    alone = [engine.complete([p], params)[0].text for p in PROMPTS]
+    ids = [engine.tokenizer.encode(p, bos=True) for p in PROMPTS]
+    stops = (engine.tokenizer.eos_id,)
+
+    async def collect(prompt):
+        return "".join([piece async for piece in engine.stream_async(prompt, params, stops)])
+
+    async def leave():
+        async with aclosing(engine.stream_async(ids[0], SamplingParams(80), stops)) as pieces:
+            async for _ in pieces:
+                return
+
+    async def everything():
+        doomed = asyncio.ensure_future(collect(ids[1]))
+        kept = [asyncio.ensure_future(collect(prompt)) for prompt in ids]
+        await asyncio.sleep(0.01)
+        doomed.cancel()
+        await leave()
+        texts = await asyncio.gather(*kept)
+        with pytest.raises(asyncio.CancelledError):
+            await doomed
+        return texts
+
+    assert asyncio.run(everything()) == alone
+    assert is_empty(engine)
+
+
+def test_stop_string_that_begins_another(engine):
+    free = engine.complete([PROMPTS[0]], SamplingParams(max_tokens=40))[0].text
+    long, short = free[10:18], free[10:13]
+    for stop in ((long, short), (short, long), (long + "never", short)):
+        result = engine.complete([PROMPTS[0]], SamplingParams(max_tokens=40, stop=stop))[0]
+        assert (result.text, result.finish_reason) == (free[: free.index(short)], "stop")
+
+
+def test_ten_thousand_queued_requests(engine):
+    """Queued and cancelled without a step for each."""
+    ids = engine.tokenizer.encode(PROMPTS[0], bos=True)
+    params = SamplingParams(max_tokens=60)
+    generations = [engine.submit(ids, params, (), lambda: None) for _ in range(10_000)]
+    engine.cancel()
+    assert {g.completion().finish_reason for g in generations} <= {"cancelled", "length"}
+    assert is_empty(engine)
+
+
+def test_guessing_rests_where_it_costs_time():
+    """Guesses that are always wrong and cost a third more may lose 3% of the time at most."""
+    from codellama.engine.speculate import Speculator
+
+    class Text:
+        n_pending, n_left = 1, 10_000
+
+        def __init__(self):
+            self.tokens, self.draft, self.guesser = [1, 2, 3] * 5, [], None
+
+    text, speculator = Text(), Speculator(12)
+    spent = plain = 0.0
+    for step in range(3000):
+        speculator.prepare([text])
+        n_guessed, text.draft = len(text.draft), []
+        duration = 1.0 + (1 / 3 if n_guessed else 0)
+        text.tokens += [100 + step] if step % 3 == 0 else [1, 2, 3]
+        speculator.note([(text, 1)], [n_guessed], [[(0, 0.0)]], duration)
+        spent, plain = spent + duration, plain + 1.0
+    assert speculator.n_guessed > 10  # it tries again from time to time
+    assert spent < 1.03 * plain
+
+
+def test_guessing_goes_on_where_it_saves_time():
+    from codellama.engine.speculate import Speculator
+
+    class Text:
+        n_pending, n_left = 1, 10_000
+
+        def __init__(self):
+            self.tokens, self.draft, self.guesser = [1, 2, 3, 4, 5, 6, 7] * 3, [], None
+
+    text, speculator = Text(), Speculator(8)
+    n_steps, n_before = 0, len(text.tokens)
+    while len(text.tokens) < 1000:
+        speculator.prepare([text])
+        n_guessed, text.draft = len(text.draft), []
+        start = len(text.tokens) % 7
+        text.tokens += ([1, 2, 3, 4, 5, 6, 7] * 3)[start : start + n_guessed + 1]
+        speculator.note([(text, 1)], [n_guessed], [[(0, 0.0)] * (n_guessed + 1)], 1.3)
+        n_steps += 1
+    assert (len(text.tokens) - n_before) / n_steps > 7

@@ -56,16 +56,16 @@ class PagedCache:
         compute_dtype: torch.dtype,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._block_tokens, self._compute_dtype = block_tokens, compute_dtype
+        self.block_tokens, self._compute_dtype = block_tokens, compute_dtype
         shape = (config.num_hidden_layers, n_blocks * block_tokens, config.num_key_value_heads)
         dtype = dtype or compute_dtype
         # Not zeros: on the CPU, slots that were never written then take no memory.
-        self._keys, self._values = (
+        self.keys, self.values = (
             torch.empty(*shape, config.head_dim, device=device, dtype=dtype) for _ in range(2)
         )
-        self._scales = None
+        self.scales = None
         if dtype == torch.int8:
-            self._scales = tuple(torch.empty(shape, device=device) for _ in range(2))
+            self.scales = tuple(torch.empty(shape, device=device) for _ in range(2))
 
     @staticmethod
     def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -73,14 +73,20 @@ class PagedCache:
         scale_bytes = 4 / config.head_dim if dtype == torch.int8 else 0
         return config.kv_bytes_per_token(dtype.itemsize + scale_bytes)
 
+    def slots(self, spans: Sequence[Span]) -> list[int]:
+        """Where the tokens of these spans are kept."""
+        size = self.block_tokens
+        return [
+            s.blocks[at // size] * size + at % size for s in spans for at in range(s.begin, s.end)
+        ]
+
     def attend(self, spans: Sequence[Span]) -> Attend:
         """Attend for the tokens of these spans, which follow one another in q, k and v [N, ...].
 
         Each token sees all tokens before it in its own sequence, which must be cached already or
         stand in the span.
         """
-        slots = torch.tensor([slot for span in spans for slot in self._slots(span)])
-        slots = slots.to(self._keys.device)
+        slots = self._index(self.slots(spans))
         plan = [self._pieces(span) for span in spans]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -95,11 +101,6 @@ class PagedCache:
 
         return attend
 
-    def _slots(self, span: Span) -> list[int]:
-        """Where the tokens of a span are kept."""
-        size = self._block_tokens
-        return [span.blocks[at // size] * size + at % size for at in range(span.begin, span.end)]
-
     def _pieces(self, span: Span) -> tuple[list[Piece], list[Piece]]:
         """What a span attends to: all of the first pieces, and causally the second ones.
 
@@ -107,16 +108,16 @@ class PagedCache:
         """
         if span.end - span.begin == 1:
             return self._pieces_of(span.blocks, 0, span.end), []
-        own = [slot for slot in self._slots(span)]
-        is_run = own[-1] - own[0] == len(own) - 1
-        place = slice(own[0], own[-1] + 1) if is_run else self._index(own)
+        own = self.slots([span])
+        run = range(own[0], own[0] + len(own))
+        place = slice(run.start, run.stop) if own == [*run] else self._index(own)
         return self._pieces_of(span.blocks, 0, span.begin), [place]
 
     def _pieces_of(self, blocks: Sequence[int], begin: int, end: int) -> list[Piece]:
         """Slots of positions begin .. end - 1, in any order: long runs as slices, the rest as
         numbers.
         """
-        size = self._block_tokens
+        size = self.block_tokens
         pieces: list[Piece] = []
         loose: list[int] = []
         at = begin
@@ -138,14 +139,14 @@ class PagedCache:
         return [*pieces, *(self._index(loose[part : part + PIECE_TOKENS]) for part in parts)]
 
     def _index(self, slots: list[int]) -> Tensor:
-        return torch.tensor(slots, device=self._keys.device)
+        return torch.tensor(slots, device=self.keys.device)
 
     def _write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        if self._scales is None:
-            self._keys[layer].index_copy_(0, slots, k.to(self._keys.dtype))
-            self._values[layer].index_copy_(0, slots, v.to(self._values.dtype))
+        if self.scales is None:
+            self.keys[layer].index_copy_(0, slots, k.to(self.keys.dtype))
+            self.values[layer].index_copy_(0, slots, v.to(self.values.dtype))
             return
-        for store, scales, x in zip((self._keys, self._values), self._scales, (k, v), strict=True):
+        for store, scales, x in zip((self.keys, self.values), self.scales, (k, v), strict=True):
             scale = (x.float().abs().amax(-1) / 127).clamp(min=1e-20)
             integers = (x.float() / scale[..., None]).round_()
             store[layer].index_copy_(0, slots, integers.to(torch.int8))
@@ -153,9 +154,9 @@ class PagedCache:
 
     def _read(self, layer: int, piece: Piece) -> list[Tensor]:
         """Keys and values [1, Hkv, n, Dh] of some slots."""
-        both = [_select(x[layer], piece) for x in (self._keys, self._values)]
-        if self._scales is not None:
-            scales = [_select(x[layer], piece) for x in self._scales]
+        both = [_select(x[layer], piece) for x in (self.keys, self.values)]
+        if self.scales is not None:
+            scales = [_select(x[layer], piece) for x in self.scales]
             both = [x * scale[..., None] for x, scale in zip(both, scales, strict=True)]
         return [x.to(self._compute_dtype).transpose(0, 1)[None] for x in both]
 
@@ -203,8 +204,13 @@ def attend_piece(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tens
     """
     if q.device.type == "cpu" and q.dtype != torch.float16:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)
+    return attend_by_products(q, k, v, is_causal)
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """As `attend_piece`, where there is no kernel that returns the sums."""
     n_heads, n_tokens, width = q.shape[1:]
-    grouped = q.view(k.shape[1], -1, width)  # [Hkv, G * T, Dh]: one product for each key head
+    grouped = q.reshape(k.shape[1], -1, width)  # [Hkv, G * T, Dh]: one product for each key head
     scores = (grouped @ k[0].transpose(1, 2)).float() / math.sqrt(width)
     scores = scores.view(n_heads, n_tokens, -1)
     if is_causal:

@@ -58,6 +58,8 @@ class Options(TypedDict, total=False):
     """What keys and values are kept in: the model's type by default, or "int8"."""
     max_guesses: int
     """Tokens guessed ahead from the text or by the draft model; 0 turns guessing off. 12."""
+    native: bool
+    """Whether few tokens at a time run through the compiled step, where there is one. True."""
     draft: Transformer
     """A small model of the same vocabulary that guesses instead of the text."""
 
@@ -105,7 +107,7 @@ class Engine:
             n_tokens = min(max_batch * context, available_bytes(weight.device) // per_token)
         n_blocks = max(1, -(-n_tokens // BLOCK_TOKENS))
         self.max_context = min(context, n_blocks * BLOCK_TOKENS)
-        self._runner = Runner(model, n_blocks, BLOCK_TOKENS, dtype)
+        self._runner = Runner(model, n_blocks, BLOCK_TOKENS, dtype, options.get("native", True))
         draft = options.get("draft")
         guessing = Speculator(
             options.get("max_guesses", 12),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codellama.engine.cache import PagedCache, Span
+from codellama.engine.native import MAX_ROWS, NativeStep
 from codellama.engine.sequence import Sequence
 from codellama.model.attention import LENGTH_STEP, causal
 from codellama.model.transformer import Transformer
@@ -26,6 +27,7 @@ class Runner:
         n_blocks: int,
         block_tokens: int,
         cache_dtype: torch.dtype | None = None,
+        native: bool = True,
     ) -> None:
         self.model = model
         weight = model.model.embed_tokens.weight  # lm_head may hold integers
@@ -33,6 +35,7 @@ class Runner:
         self.cache = PagedCache(
             model.config, n_blocks, block_tokens, weight.device, weight.dtype, cache_dtype
         )
+        self._native = NativeStep.of(model, self.cache) if native else None
 
     @torch.inference_mode()
     def run(self, plan: Items[tuple[Sequence, int]]) -> list[Chosen | ValueError]:
@@ -56,8 +59,7 @@ class Runner:
                 tokens += sequence.draft
                 end += len(sequence.draft)
             spans.append(Span(sequence.blocks, sequence.n_cached, end))
-        hidden = self.forward(tokens, spans)
-        chosen = iter(self._choose(hidden[wanted], askers)) if wanted else iter(())
+        chosen = iter(_choose(self.logits(tokens, spans, wanted), askers))
         results: list[Chosen | ValueError] = []
         for sequence, n_tokens in plan:
             if sequence.n_cached + n_tokens < len(sequence.tokens):
@@ -67,11 +69,18 @@ class Runner:
                 results.append(_accepted(given, sequence.draft))
         return results
 
-    def forward(self, tokens: list[int], spans: Items[Span]) -> Tensor:
-        """Hidden states [N, D] of new tokens, whose keys and values are cached on the way."""
+    def logits(self, tokens: list[int], spans: Items[Span], wanted: Items[int]) -> Tensor:
+        """Run new tokens, which fill the spans, and cache their keys and values.
+
+        Returns:
+            [R, V] float32 of the wanted rows.
+        """
+        if self._native is not None and len(tokens) <= MAX_ROWS:
+            return self._native.run(tokens, spans, self.cache.slots(spans), wanted)
         positions = [at for span in spans for at in range(span.begin, span.end)]
         ids, places = torch.tensor([tokens, positions]).to(self._device)
-        return self.model.model(ids, places, self.cache.attend(spans))
+        hidden = self.model.model(ids, places, self.cache.attend(spans))
+        return self.model.lm_head(hidden[wanted]).float()
 
     @torch.inference_mode()
     def score(self, tokens: list[int]) -> list[float]:
@@ -88,18 +97,20 @@ class Runner:
             scores += chosen[:, 0].tolist()
         return scores
 
-    def _choose(self, hidden: Tensor, askers: Items[tuple[Sequence, int]]) -> Chosen:
-        """Project hidden states [R, D] and pick the token of each asker's position."""
-        logits = self.model.lm_head(hidden).float()
-        best, tokens = logits.max(-1)
-        sampled = [row for row, (s, _) in enumerate(askers) if s.params.temperature > 0]
-        if sampled:
-            picked = [askers[row] for row in sampled]
-            tokens[sampled] = sample(logits[sampled], picked)
-            best = logits.gather(-1, tokens[:, None])[:, 0]
-        if any(s.params.logprobs for s, _ in askers):
-            best = best - logits.logsumexp(-1)
-        return list(zip(tokens.tolist(), best.tolist(), strict=True))
+
+def _choose(logits: Tensor, askers: Items[tuple[Sequence, int]]) -> Chosen:
+    """Pick the token of each asker's position from logits [R, V]."""
+    if not askers:
+        return []
+    best, tokens = logits.max(-1)
+    sampled = [row for row, (s, _) in enumerate(askers) if s.params.temperature > 0]
+    if sampled:
+        picked = [askers[row] for row in sampled]
+        tokens[sampled] = sample(logits[sampled], picked)
+        best = logits.gather(-1, tokens[:, None])[:, 0]
+    if any(s.params.logprobs for s, _ in askers):
+        best = best - logits.logsumexp(-1)
+    return list(zip(tokens.tolist(), best.tolist(), strict=True))
 
 
 def _accepted(given: Chosen, draft: list[int]) -> Chosen | ValueError:

@@ -9,6 +9,7 @@ distribution where tokens are sampled.
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from itertools import accumulate
 
 import torch
 
@@ -178,9 +179,9 @@ class DraftModel:
             begin = sequence.guesser.n_cached
             sequence.guesser.n_cached += len(tokens)
             spans.append(Span(sequence.blocks, begin, begin + len(tokens)))
-        hidden = self._runner.forward([t for tokens in inputs.values() for t in tokens], spans)
-        ends = torch.tensor([len(tokens) for tokens in inputs.values()]).cumsum(0) - 1
-        chosen = self._runner.model.lm_head(hidden[ends.to(hidden.device)]).argmax(-1).tolist()
+        ends = [end - 1 for end in accumulate(map(len, inputs.values()))]
+        logits = self._runner.logits([t for part in inputs.values() for t in part], spans, ends)
+        chosen = logits.argmax(-1).tolist()
         return {
             sequence: token
             for (sequence, span), token in zip(zip(inputs, spans, strict=True), chosen, strict=True)

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from codellama.model.config import ModelConfig
-from codellama.model.quantize import Int8Linear
+from codellama.model.quantize import quantized
 from codellama.model.transformer import Transformer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-LOAD_DTYPES = (*DTYPES, "int8")
+QUANTIZED = ("int8", "int4")
+LOAD_DTYPES = (*DTYPES, *QUANTIZED)
 MAX_JSON_BYTES = 32 << 20  # the index of the 70B checkpoint has 60 kB, a tokenizer.json 2 MB
 
 
@@ -69,7 +70,8 @@ def build_model(
 
     Args:
         dtype: "bfloat16", "float16", "float32"; "int8" keeps the matrices as 8-bit integers with
-            one scale for each output; None keeps what the files hold.
+            one scale for each output, "int4" as 4-bit integers with one for each 32 inputs (CPU
+            only); None keeps what the files hold.
         allow_nonfinite: accept NaN and infinite weights.
 
     Raises:
@@ -85,11 +87,11 @@ def build_model(
     for name, stored in weights.tensors.items():
         tensor = read_checked(weights, name, target, allow_nonfinite)
         module = name.rpartition(".")[0]
-        if dtype == "int8" and len(stored.shape) == 2 and module != "model.embed_tokens":
-            linear = Int8Linear.quantized(tensor.to(device))
+        if dtype in QUANTIZED and len(stored.shape) == 2 and module != "model.embed_tokens":
+            linear = quantized(tensor.to(device), dtype, is_head=module == "lm_head")
             model.set_submodule(module, linear)
             tensors |= {f"{module}.{key}": value for key, value in linear.state_dict().items()}
-        elif dtype == "int8":
+        elif dtype in QUANTIZED:
             # A copy, so that no mapping of a whole file lives on for the sake of one small tensor.
             tensors[name] = tensor.to(device, copy=True)
         else:

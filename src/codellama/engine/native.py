@@ -1,0 +1,234 @@
+"""The compiled step: one C++ call for one pass of a few tokens, where a compiler exists.
+
+`step.cpp` is built on first use, in about two seconds, and kept in the user's cache folder under a
+name that tells the source, the compiler and the processor. Without a compiler, or for a model that
+it does not know, the engine runs the same pass through PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from array import array
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from codellama.engine.cache import PagedCache, Span
+from codellama.model.quantize import Int8Linear
+from codellama.model.transformer import Block, Transformer
+
+SOURCE = Path(__file__).with_name("step.cpp")
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-fopenmp")
+MAX_ROWS = 32  # with more tokens in a pass, the matrix units behind PyTorch are faster
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_log = logging.getLogger(__name__)
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        ("weights", c_void_p),
+        ("scales", c_void_p),
+        ("n_out", c_int64),
+        ("n_in", c_int64),
+        ("kind", c_int64),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("input_norm", c_void_p),
+        ("output_norm", c_void_p),
+        *((name, _Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+    ]
+
+
+_SIZES = (
+    *("n_layers", "width", "n_heads", "n_kv_heads", "head_width", "ff_width"),
+    *("kind", "cache_kind", "n_slots", "block_tokens"),
+)
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in _SIZES),
+        ("eps", c_float),
+        ("frequencies", c_void_p),
+        ("embedding", c_void_p),
+        ("norm", c_void_p),
+        ("head", _Matrix),
+        ("layers", POINTER(_Layer)),
+        *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
+    ]
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("n_rows", "n_wanted", "table_width")),
+        *((name, c_void_p) for name in ("tokens", "positions", "slots", "sequences")),
+        *((name, c_void_p) for name in ("table", "wanted", "logits")),
+    ]
+
+
+class NativeStep:
+    """A model and its cache as the compiled step sees them; both must stay as they are."""
+
+    def __init__(self, library: ctypes.CDLL, model: Transformer, cache: PagedCache) -> None:
+        config = model.config
+        self._step, self._vocab_size = library.codellama_step, config.vocab_size
+        self._held: list[object] = []  # what the pointers lead to
+        kind = _KINDS[model.model.embed_tokens.weight.dtype]
+        layers = (_Layer * config.num_hidden_layers)()
+        for layer, block in zip(layers, model.model.layers, strict=True):
+            assert isinstance(block, Block)
+            layer.input_norm = self._pointer(block.input_layernorm.weight)
+            layer.output_norm = self._pointer(block.post_attention_layernorm.weight)
+            for owner in (block.self_attn, block.mlp):
+                for name, module in owner.named_children():
+                    setattr(layer, name.removesuffix("_proj"), self._matrix(module))
+        pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+        frequencies = 1.0 / config.rope_theta ** (pairs / config.head_dim)
+        keys, values = cache.keys, cache.values
+        sizes = (
+            *(config.num_hidden_layers, config.hidden_size, config.num_attention_heads),
+            *(config.num_key_value_heads, config.head_dim, config.intermediate_size),
+            *(kind, _KINDS[keys.dtype], keys.shape[1], cache.block_tokens),
+        )
+        scales = (None, None) if cache.scales is None else map(self._pointer, cache.scales)
+        self._model = _Model(
+            *sizes,
+            config.rms_norm_eps,
+            self._pointer(frequencies),
+            self._pointer(model.model.embed_tokens.weight),
+            self._pointer(model.model.norm.weight),
+            self._matrix(model.lm_head),
+            layers,
+            self._pointer(keys),
+            self._pointer(values),
+            *scales,
+        )
+
+    @staticmethod
+    def of(model: Transformer, cache: PagedCache) -> NativeStep | None:
+        """The compiled step of a model, where there can be one."""
+        weight = model.model.embed_tokens.weight
+        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        linears = [model.lm_head]
+        for block in model.model.layers:
+            assert isinstance(block, Block)
+            linears += [*block.self_attn.children(), *block.mlp.children()]
+        if not all(_is_known(module, weight.dtype) for module in linears):
+            return None
+        others = [p for name, p in model.named_parameters() if "norm" in name or "embed" in name]
+        if not all(p.dtype == weight.dtype and p.is_contiguous() for p in others):
+            return None
+        if cache.keys.dtype not in _KINDS or (found := library()) is None:
+            return None
+        return NativeStep(found, model, cache)
+
+    def run(
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        slots: Sequence[int],
+        wanted: Sequence[int],
+    ) -> Tensor:
+        """Logits [R, V] float32 of the wanted rows; keys and values of all are cached."""
+        positions: list[int] = []
+        sequences: list[int] = []
+        for number, span in enumerate(spans):
+            positions += range(span.begin, span.end)
+            sequences += [number] * (span.end - span.begin)
+        width = max(len(span.blocks) for span in spans)
+        table = array("i")
+        for span in spans:
+            table.extend(span.blocks)
+            table.extend([0] * (width - len(span.blocks)))
+        logits = torch.empty(len(wanted), self._vocab_size)
+        integers = [array("q", x) for x in (tokens, positions, slots, sequences, wanted)]
+        addresses = [x.buffer_info()[0] for x in integers]
+        batch = _Batch(
+            *(len(tokens), len(wanted), width),
+            *addresses[:4],
+            table.buffer_info()[0],
+            addresses[4],
+            logits.data_ptr(),
+        )
+        self._step(byref(self._model), byref(batch), c_int(torch.get_num_threads()))
+        return logits
+
+    def _pointer(self, tensor: Tensor) -> int:
+        self._held.append(tensor)
+        return tensor.data_ptr()
+
+    def _matrix(self, module: nn.Module) -> _Matrix:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        scale = self._pointer(module.scale) if isinstance(module, Int8Linear) else None
+        return _Matrix(self._pointer(weight), scale, *weight.shape, _KINDS[weight.dtype])
+
+
+def _is_known(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a module is a matrix that the step can multiply by, and nothing more."""
+    if type(module) is Int8Linear:
+        return module.scale.dtype == dtype and module.weight.is_contiguous()
+    if type(module) is not nn.Linear or module.bias is not None or module._forward_hooks:
+        return False
+    return module.weight.dtype == dtype and module.weight.is_contiguous()
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled file, built where it is missing; None, and a line in the log, where not."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or os.environ.get("CODELLAMA_NATIVE") == "0":
+        _log.info("no C++ compiler: decoding runs through PyTorch, more slowly")
+        return None
+    try:
+        path = _cached_path(compiler)
+        if not path.exists():
+            _build(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.warning("%s cannot be built, decoding will be slower: %s", SOURCE.name, error)
+        return None
+
+
+def _cached_path(compiler: str) -> Path:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        processor += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    key = hashlib.sha256()
+    for part in (SOURCE.read_bytes(), version, processor.encode(), " ".join(FLAGS).encode()):
+        key.update(hashlib.sha256(part).digest())
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "codellama" / f"step-{key.hexdigest()[:24]}.so"
+
+
+def _build(compiler: str, path: Path) -> None:
+    """Compile, and link without OpenMP's own library: PyTorch has loaded one, and two would fight
+    for the processors.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        compiled, linked = Path(folder) / "step.o", Path(folder) / "step.so"
+        for command in (
+            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), "-o", str(linked)],
+        ):
+            subprocess.run(command, check=True, capture_output=True, timeout=300)
+        linked.replace(path)

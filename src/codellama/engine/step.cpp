@@ -1,0 +1,418 @@
+// One pass of a few tokens through the whole model on the CPU, for decoding.
+//
+// Decoding reads every weight for each token, so it is as fast as memory where nothing else costs
+// time. Here a step is one call: no allocation, no dispatch, and threads that meet at barriers only.
+// Numbers are rounded where the modules of PyTorch round them, so both ways give the same results up
+// to the order of sums. A token's result does not depend on how many others are in the pass: every
+// sum runs over its inputs in the same order.
+//
+// Plain C++ with the vector types of GCC and Clang, which become AVX-512, AVX2 or NEON.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace {
+
+constexpr int kWidth = 16;    // values of one vector
+constexpr int kOutputs = 4;   // rows of a matrix read at a time: enough streams for the prefetcher
+constexpr int kRows = 4;      // tokens that share one reading of them
+
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+typedef int8_t Bytes __attribute__((vector_size(kWidth)));
+
+enum Kind : int64_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // not a number
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+template <Kind kind>
+struct Stored;
+
+template <>
+struct Stored<kFloat32> {
+  using Type = float;
+  static float one(float x) { return x; }
+  static Floats many(const float* x) {
+    Floats values;
+    std::memcpy(&values, x, sizeof values);
+    return values;
+  }
+};
+
+template <>
+struct Stored<kBfloat16> {
+  using Type = uint16_t;
+  static float one(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); }
+  static Floats many(const uint16_t* x) {
+    Halves halves;
+    std::memcpy(&halves, x, sizeof halves);
+    Words words = __builtin_convertvector(halves, Words) << 16;
+    return (Floats)words;  // the same bits
+  }
+};
+
+template <>
+struct Stored<kInt8> {
+  using Type = int8_t;
+  static float one(int8_t x) { return x; }
+  static Floats many(const int8_t* x) {
+    Bytes bytes;
+    std::memcpy(&bytes, x, sizeof bytes);
+    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+  }
+};
+
+inline float total(Floats x) {
+  float sum = 0;
+  for (int i = 0; i < kWidth; ++i) sum += x[i];
+  return sum;
+}
+
+float load(const void* data, int64_t at, int64_t kind) {
+  if (kind == kFloat32) return static_cast<const float*>(data)[at];
+  return Stored<kBfloat16>::one(static_cast<const uint16_t*>(data)[at]);
+}
+
+}  // namespace
+
+extern "C" {
+
+struct Matrix {  // [n_out, n_in], with a scale for each output where it holds integers
+  const void* weights;
+  const void* scales;
+  int64_t n_out, n_in, kind;
+};
+
+struct Layer {
+  const void* input_norm;
+  const void* output_norm;
+  Matrix q, k, v, o, gate, up, down;
+};
+
+struct Model {
+  int64_t n_layers, width, n_heads, n_kv_heads, head_width, ff_width, kind, cache_kind, n_slots;
+  int64_t block_tokens;
+  float eps;
+  const float* frequencies;  // [Dh / 2]
+  const void* embedding;
+  const void* norm;
+  Matrix head;
+  const Layer* layers;
+  void* keys;  // [L, n_slots, Hkv, Dh]
+  void* values;
+  float* key_scales;  // [L, n_slots, Hkv], for integers
+  float* value_scales;
+};
+
+struct Batch {
+  int64_t n_rows, n_wanted, table_width;
+  const int64_t* tokens;     // [N]
+  const int64_t* positions;  // [N]
+  const int64_t* slots;      // [N] where keys and values go
+  const int64_t* sequences;  // [N] row of the table
+  const int32_t* table;      // [sequences, table_width] blocks
+  const int64_t* wanted;     // rows whose logits are needed
+  float* logits;             // [n_wanted, V]
+};
+
+}  // extern "C"
+
+namespace {
+
+struct Step {
+  const Model& model;
+  const Batch& batch;
+  std::vector<float> x, normed, q, k, v, attended, gated, cosines, sines;
+
+  Step(const Model& model, const Batch& batch) : model(model), batch(batch) {
+    const int64_t n = batch.n_rows, kv = model.n_kv_heads * model.head_width;
+    x.resize(n * model.width), normed.resize(n * model.width), q.resize(n * model.width);
+    k.resize(n * kv), v.resize(n * kv), attended.resize(n * model.width);
+    gated.resize(n * model.ff_width);
+    cosines.resize(n * model.head_width / 2), sines.resize(n * model.head_width / 2);
+  }
+
+  float rounded(float value) const {
+    return model.kind == kBfloat16 ? Stored<kBfloat16>::one(to_bfloat16(value)) : value;
+  }
+
+  // sums[output][row] = weights[first + output] . x[row]
+  template <Kind kind, int n_outputs, int n_rows>
+  static void dot(const Matrix& m, int64_t first, const float* x, float (&sums)[kOutputs][kRows]) {
+    using S = Stored<kind>;
+    const auto* weights = static_cast<const typename S::Type*>(m.weights) + first * m.n_in;
+    Floats parts[n_outputs][n_rows] = {};
+    int64_t at = 0;
+    for (; at + kWidth <= m.n_in; at += kWidth) {
+      Floats inputs[n_rows];
+      for (int r = 0; r < n_rows; ++r) inputs[r] = Stored<kFloat32>::many(x + r * m.n_in + at);
+      for (int o = 0; o < n_outputs; ++o) {
+        const Floats w = S::many(weights + o * m.n_in + at);
+        for (int r = 0; r < n_rows; ++r) parts[o][r] += w * inputs[r];
+      }
+    }
+    for (int o = 0; o < n_outputs; ++o)
+      for (int r = 0; r < n_rows; ++r) {
+        float sum = total(parts[o][r]);
+        for (int64_t i = at; i < m.n_in; ++i) sum += S::one(weights[o * m.n_in + i]) * x[r * m.n_in + i];
+        sums[o][r] = sum;
+      }
+  }
+
+  template <Kind kind, int n_outputs>
+  static void dot(const Matrix& m, int64_t first, const float* x, int n_rows,
+                  float (&sums)[kOutputs][kRows]) {
+    if (n_rows == 1) dot<kind, n_outputs, 1>(m, first, x, sums);
+    else if (n_rows == 2) dot<kind, n_outputs, 2>(m, first, x, sums);
+    else if (n_rows == 3) dot<kind, n_outputs, 3>(m, first, x, sums);
+    else dot<kind, n_outputs, 4>(m, first, x, sums);
+  }
+
+  template <Kind kind>
+  static void dot(const Matrix& m, int64_t first, int n_outputs, const float* x, int n_rows,
+                  float (&sums)[kOutputs][kRows]) {
+    if (n_outputs == kOutputs) return dot<kind, kOutputs>(m, first, x, n_rows, sums);
+    for (int o = 0; o < n_outputs; ++o) {
+      float one[kOutputs][kRows];
+      dot<kind, 1>(m, first + o, x, n_rows, one);
+      std::copy(one[0], one[0] + n_rows, sums[o]);
+    }
+  }
+
+  // Calls store(row, output, value) for a few outputs of all rows of x [n_rows, n_in].
+  template <class Store>
+  void multiply(const Matrix& m, int64_t first, const float* x, int64_t n_rows, Store store) const {
+    const int n_outputs = static_cast<int>(std::min<int64_t>(kOutputs, m.n_out - first));
+    for (int64_t row = 0; row < n_rows; row += kRows) {
+      const int few = static_cast<int>(std::min<int64_t>(kRows, n_rows - row));
+      float sums[kOutputs][kRows];
+      if (m.kind == kFloat32) dot<kFloat32>(m, first, n_outputs, x + row * m.n_in, few, sums);
+      else if (m.kind == kBfloat16) dot<kBfloat16>(m, first, n_outputs, x + row * m.n_in, few, sums);
+      else dot<kInt8>(m, first, n_outputs, x + row * m.n_in, few, sums);
+      for (int o = 0; o < n_outputs; ++o) {
+        const float scale = m.kind == kInt8 ? load(m.scales, first + o, model.kind) : 1.0f;
+        for (int r = 0; r < few; ++r) store(row + r, first + o, rounded(sums[o][r] * scale));
+      }
+    }
+  }
+
+  static int64_t n_parts(const Matrix& m) { return (m.n_out + kOutputs - 1) / kOutputs; }
+
+  void normalise(int64_t row, const void* weight) {
+    const float* in = x.data() + row * model.width;
+    Floats parts = {};
+    int64_t at = 0;
+    for (; at + kWidth <= model.width; at += kWidth) {
+      const Floats values = Stored<kFloat32>::many(in + at);
+      parts += values * values;
+    }
+    float squares = total(parts);
+    for (; at < model.width; ++at) squares += in[at] * in[at];
+    const float factor = 1.0f / std::sqrt(squares / model.width + model.eps);
+    for (int64_t i = 0; i < model.width; ++i)
+      normed[row * model.width + i] = rounded(rounded(in[i] * factor) * load(weight, i, model.kind));
+  }
+
+  void rotate(float* head, int64_t row) const {
+    const int64_t half = model.head_width / 2;
+    for (int64_t i = 0; i < half; ++i) {
+      const float c = cosines[row * half + i], s = sines[row * half + i];
+      const float low = head[i], high = head[half + i];
+      head[i] = rounded(rounded(low * c) + rounded(-high * s));
+      head[half + i] = rounded(rounded(high * c) + rounded(low * s));
+    }
+  }
+
+  void keep(void* store, float* scales, int64_t place, const float* values) const {
+    const int64_t width = model.head_width;
+    if (model.cache_kind == kFloat32) {
+      std::copy(values, values + width, static_cast<float*>(store) + place * width);
+    } else if (model.cache_kind == kBfloat16) {
+      std::transform(values, values + width, static_cast<uint16_t*>(store) + place * width, to_bfloat16);
+    } else {
+      float largest = 0;
+      for (int64_t i = 0; i < width; ++i) largest = std::max(largest, std::abs(values[i]));
+      const float scale = std::max(largest / 127, 1e-20f);
+      scales[place] = scale;
+      for (int64_t i = 0; i < width; ++i)
+        static_cast<int8_t*>(store)[place * width + i] =
+            static_cast<int8_t>(std::nearbyint(values[i] / scale));
+    }
+  }
+
+  // Attention of the query heads that share one key head, for one row.
+  template <Kind kind>
+  void attend(int64_t layer, int64_t row, int64_t kv_head, std::vector<float>& scores) {
+    using S = Stored<kind>;
+    const int64_t width = model.head_width, group = model.n_heads / model.n_kv_heads;
+    const int64_t length = batch.positions[row] + 1, size = model.block_tokens;
+    const int32_t* blocks = batch.table + batch.sequences[row] * batch.table_width;
+    const float* queries = q.data() + (row * model.n_heads + kv_head * group) * width;
+    float* out = attended.data() + (row * model.n_heads + kv_head * group) * width;
+    const float factor = 1.0f / std::sqrt(static_cast<float>(width));
+    const auto place = [&](int64_t at) {
+      const int64_t slot = blocks[at / size] * size + at % size;
+      return (layer * model.n_slots + slot) * model.n_kv_heads + kv_head;
+    };
+    scores.resize(group * length);
+    for (int64_t at = 0; at < length; ++at) {
+      const int64_t here = place(at);
+      const auto* key = static_cast<const typename S::Type*>(model.keys) + here * width;
+      const float scale = kind == kInt8 ? factor * model.key_scales[here] : factor;
+      for (int64_t g = 0; g < group; ++g) {
+        Floats parts = {};
+        int64_t i = 0;
+        for (; i + kWidth <= width; i += kWidth)
+          parts += Stored<kFloat32>::many(queries + g * width + i) * S::many(key + i);
+        float sum = total(parts);
+        for (; i < width; ++i) sum += queries[g * width + i] * S::one(key[i]);
+        scores[g * length + at] = sum * scale;
+      }
+    }
+    for (int64_t g = 0; g < group; ++g) {
+      float* weights = scores.data() + g * length;
+      const float largest = *std::max_element(weights, weights + length);
+      float sum = 0;
+      for (int64_t at = 0; at < length; ++at) sum += weights[at] = std::exp(weights[at] - largest);
+      const float inverse = 1 / sum;
+      for (int64_t at = 0; at < length; ++at) weights[at] *= inverse;
+    }
+    std::fill(out, out + group * width, 0.0f);
+    for (int64_t at = 0; at < length; ++at) {
+      const int64_t here = place(at);
+      const auto* value = static_cast<const typename S::Type*>(model.values) + here * width;
+      const float scale = kind == kInt8 ? model.value_scales[here] : 1.0f;
+      for (int64_t g = 0; g < group; ++g) {
+        const float weight = scores[g * length + at] * scale;
+        float* to = out + g * width;
+        int64_t i = 0;
+        for (; i + kWidth <= width; i += kWidth) {
+          const Floats sum = Stored<kFloat32>::many(to + i) + S::many(value + i) * weight;
+          std::memcpy(to + i, &sum, sizeof sum);
+        }
+        for (; i < width; ++i) to[i] += S::one(value[i]) * weight;
+      }
+    }
+    for (int64_t i = 0; i < group * width; ++i) out[i] = rounded(out[i]);
+  }
+
+  void begin(int64_t row) {
+    for (int64_t i = 0; i < model.width; ++i)
+      x[row * model.width + i] = load(model.embedding, batch.tokens[row] * model.width + i, model.kind);
+    const int64_t half = model.head_width / 2;
+    for (int64_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(batch.positions[row]) * model.frequencies[i];
+      cosines[row * half + i] = rounded(std::cos(angle));
+      sines[row * half + i] = rounded(std::sin(angle));
+    }
+  }
+
+  void run_layer(int64_t number, std::vector<float>& scores) {
+    const Layer& layer = model.layers[number];
+    const int64_t n = batch.n_rows, kv = model.n_kv_heads * model.head_width;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < n; ++row) normalise(row, layer.input_norm);
+    const int64_t n_q = n_parts(layer.q), n_kv = n_parts(layer.k);
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < n_q + 2 * n_kv; ++part) {
+      const int which = part < n_q ? 0 : part < n_q + n_kv ? 1 : 2;
+      const Matrix& m = which == 0 ? layer.q : which == 1 ? layer.k : layer.v;
+      float* to = which == 0 ? q.data() : which == 1 ? k.data() : v.data();
+      const int64_t first = (which == 0 ? part : (part - n_q) % n_kv) * kOutputs;
+      multiply(m, first, normed.data(), n,
+               [&](int64_t row, int64_t output, float value) { to[row * m.n_out + output] = value; });
+    }
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < n * model.n_kv_heads; ++item) {
+      const int64_t row = item / model.n_kv_heads, head = item % model.n_kv_heads;
+      const int64_t group = model.n_heads / model.n_kv_heads, width = model.head_width;
+      for (int64_t g = 0; g < group; ++g)
+        rotate(q.data() + (row * model.n_heads + head * group + g) * width, row);
+      rotate(k.data() + row * kv + head * width, row);
+      const int64_t place = (number * model.n_slots + batch.slots[row]) * model.n_kv_heads + head;
+      keep(model.keys, model.key_scales, place, k.data() + row * kv + head * width);
+      keep(model.values, model.value_scales, place, v.data() + row * kv + head * width);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < n * model.n_kv_heads; ++item) {
+      const int64_t row = item / model.n_kv_heads, head = item % model.n_kv_heads;
+      if (model.cache_kind == kFloat32) attend<kFloat32>(number, row, head, scores);
+      else if (model.cache_kind == kBfloat16) attend<kBfloat16>(number, row, head, scores);
+      else attend<kInt8>(number, row, head, scores);
+    }
+    const auto add = [&](int64_t row, int64_t output, float value) {
+      float& to = x[row * model.width + output];
+      to = rounded(to + value);
+    };
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < n_parts(layer.o); ++part)
+      multiply(layer.o, part * kOutputs, attended.data(), n, add);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < n; ++row) normalise(row, layer.output_norm);
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < n_parts(layer.gate); ++part) {
+      const auto gate = [&](int64_t row, int64_t output, float value) {
+        gated[row * model.ff_width + output] = rounded(value / (1 + std::exp(-value)));
+      };
+      const auto up = [&](int64_t row, int64_t output, float value) {
+        float& to = gated[row * model.ff_width + output];
+        to = rounded(to * value);
+      };
+      multiply(layer.gate, part * kOutputs, normed.data(), n, gate);
+      multiply(layer.up, part * kOutputs, normed.data(), n, up);
+    }
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < n_parts(layer.down); ++part)
+      multiply(layer.down, part * kOutputs, gated.data(), n, add);
+  }
+
+  void run(int n_threads) {
+    (void)n_threads;
+#pragma omp parallel num_threads(n_threads)
+    {
+      static thread_local std::vector<float> scores;
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < batch.n_rows; ++row) begin(row);
+      for (int64_t layer = 0; layer < model.n_layers; ++layer) run_layer(layer, scores);
+      // The wanted rows move to the front of a buffer that is free by now.
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < batch.n_wanted; ++i) {
+        normalise(batch.wanted[i], model.norm);
+        const float* from = normed.data() + batch.wanted[i] * model.width;
+        std::copy(from, from + model.width, q.data() + i * model.width);
+      }
+#pragma omp for schedule(static)
+      for (int64_t part = 0; part < n_parts(model.head); ++part)
+        multiply(model.head, part * kOutputs, q.data(), batch.n_wanted,
+                 [&](int64_t row, int64_t output, float value) {
+                   batch.logits[row * model.head.n_out + output] = value;
+                 });
+    }
+  }
+};
+
+}  // namespace
+
+extern "C" void codellama_step(const Model* model, const Batch* batch, int n_threads) {
+  Step(*model, *batch).run(n_threads);
+}
