@@ -19,7 +19,8 @@ HEAD = """# The command line
 Written by `docs/make_cli.py`; change the help of the commands instead.
 
 Results go to standard output, progress and messages to standard error. `--json` prints one object.
-Exit codes: 0 done · 1 failed, with one line that says why · 2 the arguments are wrong · 130 Ctrl-C.
+Exit codes: 0 done · 1 failed, with one line that says why · 2 the arguments are wrong ·
+3 a program was not run, for want of isolation or a toolchain · 130 Ctrl-C.
 """
 
 

@@ -10,12 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from codellama import sandbox
     from codellama.engine import Completion, Engine, SamplingParams
     from codellama.recipe import load_recipe
     from codellama.tokenizer import Tokenizer
     from codellama.weights import load
 
-__all__ = ["Completion", "Engine", "SamplingParams", "Tokenizer", "load", "load_recipe"]
+__all__ = ["Completion", "Engine", "SamplingParams", "Tokenizer", "load", "load_recipe", "sandbox"]
 
 _MODULES = {
     "Completion": "codellama.engine",
@@ -28,10 +29,12 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "sandbox":
+        return import_module("codellama.sandbox")
     if name in _MODULES:
         return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'codellama' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return sorted({*globals(), *__all__})

@@ -3,8 +3,8 @@
 Each command parses, calls one function and prints; nothing is decided there. Results go to standard
 output, progress and messages to standard error. A usage error ends with exit code 2, a failed run
 with exit code 1, a refusal to run programs without isolation with 3, each with one line that says
-what to do. torch is imported only inside the
-commands that need it, so that `--help` answers at once.
+what to do. torch is imported only inside the commands that need it, so that `--help` answers at
+once.
 """
 
 from __future__ import annotations

@@ -221,7 +221,8 @@ def give_verdict(source: bytes) -> int:
             names = _load_here(request["candidate"])
         else:
             session = _Session(programs.link_socket())
-            names = session.names(mentioned_names(texts), request["entry_point"])
+            wanted = mentioned_names(texts, request["entry_point"])
+            names = session.names(wanted, request["entry_point"])
         _run_tests(names, *texts, request["entry_point"])
         passed = True
     except LineError:
@@ -242,10 +243,11 @@ def give_verdict(source: bytes) -> int:
     return 0
 
 
-def mentioned_names(texts: tuple[str, ...]) -> list[str]:
-    """Every name that occurs in the tests."""
+def mentioned_names(texts: tuple[str, ...], entry_point: str | None) -> list[str]:
+    """Every name that occurs in the tests, and the function to check."""
     nodes = (node for text in texts for node in ast.walk(ast.parse(text)))
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {entry_point} if entry_point else set()
     return sorted(name for name in names if not name.startswith("__"))
 
 
@@ -269,10 +271,10 @@ def _run_tests(names: dict[str, Any], setup: str, tests: str, entry_point: str |
     if entry_point is not None:  # the setup may be a prompt, with the header of the same function
         names[entry_point] = names["candidate"] = function
     exec(compile(tests, _TESTS_FILE, "exec"), names)
-    if entry_point is not None and callable(names.get("check")):
-        names["check"](function)
-    own = [v for v in list(names.values()) if isinstance(v, (type, FunctionType))]
-    own = [v for v in own if v.__module__ == "tests"]
+    check: Any = names.get("check")
+    if entry_point is not None and _is_of_tests(check):
+        check(function)
+    own = [value for value in list(names.values()) if _is_of_tests(value)]
     for value in own:
         is_test = isinstance(value, FunctionType) and value.__name__.startswith("test")
         if is_test and not inspect.signature(value).parameters:
@@ -282,6 +284,11 @@ def _run_tests(names: dict[str, Any], setup: str, tests: str, entry_point: str |
         outcome = unittest.TextTestRunner(sys.stderr, verbosity=0).run(suite)
         if not outcome.wasSuccessful() or not outcome.testsRun:
             raise AssertionError(f"{case.__name__}: a test failed")
+
+
+def _is_of_tests(value: Any) -> bool:
+    """Whether it is a function or class that the tests define."""
+    return isinstance(value, (type, FunctionType)) and value.__module__ == "tests"
 
 
 def _explain(error: BaseException, request: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ class Limits:
     """Threads; for other languages than Python processes and threads."""
     n_open_files: int = 64
     compile_timeout_s: float = 30.0
+    """Processor time of the compiler; its wall time may be four times that."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
