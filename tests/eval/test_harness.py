@@ -131,3 +131,18 @@ def test_commands(shared_data, tmp_path, capsys):
 def test_usage_errors(arguments, message, capsys):
     assert run_command(arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_no_isolation_is_no_score(shared_data, tmp_path, monkeypatch, capsys):
+    from codellama import sandbox
+    from codellama.eval import execution
+    from codellama.sandbox import Outcome
+
+    execution.calibrate.cache_clear()
+    refused = Outcome("refused", message="no isolation here: bring namespaces")
+    monkeypatch.setattr(sandbox, "run", lambda *_, **__: refused)
+    samples = tmp_path / "s.jsonl"
+    samples.write_text('{"task_id": "HumanEval/0", "completion": "    return True"}\n')
+    arguments = ["--task", "humaneval", "--data", str(shared_data), "--partial"]
+    assert run_command(["score", str(samples), *arguments]) == 3
+    assert "bring namespaces" in capsys.readouterr().err

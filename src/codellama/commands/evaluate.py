@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +13,7 @@ import typer
 
 from codellama import terminal
 from codellama.commands.options import Device, Dtype, Json, Precision, check_device
+from codellama.commands.sandbox import EXIT_REFUSED
 
 if TYPE_CHECKING:
     from codellama.eval.tasks import Setting
@@ -102,15 +105,9 @@ def evaluate(
     setting = harness.with_tokenizer(_setting(data, is_chat, judge, judge_model, counts), engine)
     folder = out or Path("evals") / Path(facts["name"]).name
     options = harness.Options(limit, workers, evalplus)
-    results = harness.evaluate(
-        engine,
-        wanted,
-        folder,
-        facts | {"dtype": dtype.value, "chat": is_chat},
-        setting,
-        options,
-        _progress(),
-    )
+    facts |= {"dtype": dtype.value, "chat": is_chat}
+    with _refusal():
+        results = harness.evaluate(engine, wanted, folder, facts, setting, options, _progress())
     _print_results(results, as_json)
     terminal.say(f"report: {folder / 'report.html'}")
 
@@ -146,7 +143,8 @@ def score(
         _check(tasks, data, workers, as_json=False)
     task = _task(tasks[0], _setting(data, False, judge, judge_model))
     found = read_samples(samples, task, partial)
-    result = score_samples(task, found, workers, _part(_progress(), "scoring"))
+    with _refusal():
+        result = score_samples(task, found, workers, _part(_progress(), "scoring"))
     if out is not None:
         from codellama.artifact import write_file
 
@@ -197,6 +195,18 @@ def _check(tasks: list[str] | None, data: Path | None, workers: int, as_json: bo
     wrong = [row["task"] for row in rows if row.get("failed")]
     if wrong:
         raise ValueError(f"reference solutions do not pass: {', '.join(wrong)}")
+
+
+@contextmanager
+def _refusal() -> Iterator[None]:
+    """End with the sandbox's own exit code where there is no isolation to run programs in."""
+    from codellama.sandbox import NoIsolationError
+
+    try:
+        yield
+    except NoIsolationError as error:
+        terminal.say(str(error))
+        raise typer.Exit(EXIT_REFUSED) from None
 
 
 def _reference_line(row: dict[str, Any]) -> str:
