@@ -131,7 +131,7 @@ def wait_until(holds, seconds=10):
         time.sleep(0.02)
 
 
-LEFTOVERS = "import os, threading\nopen('/tmp/left', 'w').write('x')\n" + (
+LEFTOVERS = "import os, threading\nopen('left', 'w').write('x')\n" + (
     "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
 )
 

@@ -60,7 +60,7 @@ ATTACKS = {
     "daemon": ("(setsid sleep 98765 > /dev/null 2>&1 &) ; echo started", {"passed"}),
     "traps": ("trap '' TERM INT HUP; while :; do :; done", {"timeout"}),
     "network": ("echo > /dev/tcp/127.0.0.1/22 && echo THROUGH; true", {"passed"}),
-    "host files": ("cat /etc/passwd /etc/shadow /root/.bashrc && echo THROUGH; true", {"passed"}),
+    "host files": ("cat /etc/passwd /etc/shadow && echo THROUGH; true", {"passed"}),
     "host processes": ("kill -9 @pid@ && echo THROUGH; true", {"passed"}),
     "namespaces": ("unshare -Ur true && echo THROUGH; true", {"passed"}),
     "write": ("for d in / /usr /dev /proc; do echo > $d/x && echo THROUGH; done; true", {"passed"}),

@@ -11,6 +11,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 
+_HOME = "/tmp"
 # rustc on PATH is often a starter that looks for the toolchain in a home: here the latter itself.
 _RUST = sorted(glob.glob(os.path.expanduser("~/.rustup/toolchains/*/bin")), reverse=True)
 _SEARCH = ":".join(
@@ -37,7 +38,7 @@ class Language:
     def environment(self) -> dict[str, str]:
         """All that a program finds in its environment."""
         path = "/usr/local/bin:/usr/bin:/bin"
-        return {"PATH": path, "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8", **self.variables}
+        return {"PATH": path, "HOME": _HOME, "TMPDIR": _HOME, "LANG": "C.UTF-8", **self.variables}
 
 
 LANGUAGES = {
@@ -72,7 +73,7 @@ LANGUAGES = {
             "main.go",
             ("go build -o main main.go", "./main"),
             limits_address_space=False,
-            variables={"GOCACHE": "/tmp/.cache", "GOFLAGS": "-mod=mod", "GO111MODULE": "off"},
+            variables={"GOCACHE": f"{_HOME}/.cache", "GOFLAGS": "-mod=mod", "GO111MODULE": "off"},
         ),
         Language("rust", "main.rs", ("rustc -o main main.rs", "./main"), False),
         Language("ruby", "main.rb", ("ruby main.rb",)),

@@ -47,7 +47,7 @@ for folder in ("/", "/usr", "/usr/lib", "/dev", "/var/tmp", os.path.dirname(os._
 def _():
     os.kill(os.getppid(), 9)
     os.kill(os.getppid(), 0)
-    os.mkdir("/tmp/alive")
+    os.mkdir("alive")
     os.rmdir("/nothing")
 if os.environ.get({variable!r}): through.append("read the host's environment")
 print(json.dumps(through))
