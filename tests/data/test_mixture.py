@@ -136,6 +136,39 @@ def test_lines_that_are_no_dialogs(tmp_path, line):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "wanted"),
+    [
+        ({}, {"a1", "a2", "b1"}),
+        ({"sources": ("a",)}, {"a1", "a2"}),
+        ({"sources": ("a", "b"), "languages": ("c",)}, {"a2"}),
+        ({"languages": ("java",)}, set()),
+    ],
+)
+def test_collections_of_a_corpus(tmp_path, chosen, wanted):
+    from codellama.artifact import new_folder, write_manifest
+    from codellama.data.corpus import KIND, SCHEMA, ShardWriter
+    from codellama.data.mixture import Selected, corpus_documents, open_mixture
+    from codellama.recipe import Collection
+
+    rows = (("a1", "a", "python"), ("a2", "a", "c"), ("b1", "b", "python"))
+    with new_folder(tmp_path / "corpus") as folder:
+        writer = ShardWriter(folder, "train")
+        for text, source, language in rows:
+            row = dict.fromkeys(SCHEMA.names, "x") | {"text": text, "n_bytes": 2, "sha256": text}
+            writer.add(row | {"source": source, "language": language, "split": "train"})
+        writer.close()
+        write_manifest(folder, KIND, shards=writer.shards, fingerprint="")
+    collection = Collection(**chosen)
+    selected = Selected(corpus_documents(tmp_path / "corpus", "train"), collection)
+    assert {selected.text(i) for i in range(len(selected))} == wanted
+    assert {selected.sha256(i) for i in range(len(selected))} == wanted
+    shares = open_mixture(tmp_path / "corpus", {"mine": collection}, {"mine": 3.0})
+    assert [(share.name, share.weight) for share in shares] == [("collection 'mine'", 3.0)]
+    with pytest.raises(ValueError, match="no collection 'other'; the recipe has mine"):
+        open_mixture(tmp_path / "corpus", {"mine": collection}, {"other": 1.0})
+
+
 def test_missing_files_and_collections(tmp_path, small_tokenizer):
     with pytest.raises(ValueError, match="dialogs cannot be read"):
         Dialogs(tmp_path / "none.jsonl")

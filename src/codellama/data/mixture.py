@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from codellama.data.corpus import CorpusReader, corpus_documents
 from codellama.data.packing import Documents, LaneState, Share
 from codellama.recipe import Collection
@@ -35,24 +37,22 @@ class Selected:
             )
             if values
         }
-        rows = zip(*(reader.column(column) for column in wanted), strict=True)
         self._reader = reader
-        self._indices = [
-            index
-            for index, row in enumerate(rows)
-            if all(value in values for value, values in zip(row, wanted.values(), strict=True))
-        ]
+        fits = np.ones(len(reader), dtype=bool)
+        for column, values in wanted.items():
+            fits &= np.array([value in values for value in reader.column(column)], dtype=bool)
+        self._indices = np.flatnonzero(fits)
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def text(self, index: int) -> str:
         """The text of a document."""
-        return self._reader.text(self._indices[index])
+        return self._reader.text(int(self._indices[index]))
 
     def sha256(self, index: int) -> str:
         """Hexadecimal SHA-256 of a document's text."""
-        return self._reader.sha256(self._indices[index])
+        return self._reader.sha256(int(self._indices[index]))
 
 
 class Dialogs:

@@ -60,7 +60,7 @@ from codellama.train.run_folder import (
     run_record,
     stop_signals,
 )
-from codellama.train.start import initial_model, lora_settings
+from codellama.train.start import initial_model, lora_settings, stage_tokenizer
 from codellama.train.state import load_latest_state, save_state
 from codellama.train.validate import validate
 
@@ -149,7 +149,7 @@ def train(
                 print(f"{checkpoint}: already trained", file=sys.stderr)
             return checkpoint
         torch.use_deterministic_algorithms(stage.deterministic)
-        tokenizer = Tokenizer.load(recipe.tokenizer_dir, stage.variant)
+        tokenizer = stage_tokenizer(recipe, stage)
         model = initial_model(recipe, stage, tokenizer).to(device)
         if stage.lora is not None and not layout.is_alone:
             raise ValueError("lora trains in one process; start it without torchrun")

@@ -43,6 +43,19 @@ def stage_config(recipe: Recipe, stage: Stage) -> ModelConfig:
     return config.replace(**changes)
 
 
+def stage_tokenizer(recipe: Recipe, stage: Stage) -> Tokenizer:
+    """The tokenizer that a stage trains with and leaves in its checkpoint.
+
+    Raises:
+        ValueError: there is none, or it is not of the stage's variant.
+    """
+    tokenizer = Tokenizer.load(recipe.tokenizer_dir, stage.variant)
+    learns_dialogs = any(recipe.collections[name].dialogs for name in stage.mixture)
+    if learns_dialogs and tokenizer.chat_format is None:
+        return tokenizer.with_chat_format("inst")
+    return tokenizer
+
+
 def initial_model(recipe: Recipe, stage: Stage, tokenizer: Tokenizer) -> Transformer:
     """The float32 model that a stage starts from, ready to train.
 
