@@ -246,6 +246,13 @@ ATTACKS = {
         "    except OSError: pass",
         {"passed"},
     ),
+    "signal the init": (
+        "import os\n"
+        "for n in range(1, 65):\n"
+        "    try: os.kill(1, n)\n"
+        "    except OSError: pass",
+        {"passed"},
+    ),
     "kill all": ("import os\nos.kill(-1, 9)\nos.kill(0, 9)", STATUSES),
     "trace the parent": (
         "import ctypes, os\nlibc = ctypes.CDLL(None)\n"

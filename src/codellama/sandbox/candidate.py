@@ -74,7 +74,7 @@ class _Server:
         qualified = getattr(value, "__name__", None) or getattr(value, "_name", None)
         is_elsewhere = home is not sys.modules["candidate"]
         if home and is_elsewhere and getattr(home, str(qualified), None) is value:
-            return ("from", home.__name__, qualified)
+            return ("from", home.__name__, qualified, value)
         if isinstance(value, type) and issubclass(value, BaseException):
             known = next(k for k in value.__mro__ if k.__module__ == "builtins")
             return ("exception", known.__name__, value)

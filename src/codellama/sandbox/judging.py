@@ -184,8 +184,10 @@ class _Session:
         match answer:
             case ("module", str(module)) if module in _MODULES:
                 return import_module(module)
-            case ("from", str(module), str(attribute)) if module in _MODULES:
+            case ("from", str(module), str(attribute), _) if module in _MODULES:
                 return getattr(import_module(module), attribute)
+            case ("from", _, _, value):
+                return value
             case ("exception", str(base), _):
                 kind = vars(builtins).get(base)
                 if isinstance(kind, type) and issubclass(kind, Exception):

@@ -47,7 +47,9 @@ def start(step: dict[str, Any]) -> int:
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # a file that grows too large ends the program
     if "argv" in step:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.execve(step["argv"][0], step["argv"], step["environment"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     renew_streams()
     sys.modules["random"].seed(0)  # the same samples get the same verdicts
     if step["kind"] == "candidate":

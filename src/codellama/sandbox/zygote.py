@@ -42,6 +42,8 @@ def main(control: socket.socket, settings: dict[str, Any]) -> None:
     isolated = settings["mode"] != "none"
     starts_programs = settings["kind"] == "toolchain"
     os.environ.pop("PYTHONHASHSEED", None)
+    # The first process of a namespace gets no signal from inside it but those that it handles.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     programs.preload(settings["packages"])
     try:
         if isolated:
