@@ -7,10 +7,11 @@ import torch
 
 from codellama.engine import Engine, SamplingParams
 from codellama.engine.cache import Span
+from codellama.engine.native import packs_as_expected
 from codellama.engine.reference import generate_greedy
 from codellama.engine.runner import Runner
 from codellama.model.config import ModelConfig
-from codellama.model.quantize import Int8Linear
+from codellama.model.quantize import quantized
 from codellama.model.transformer import Transformer
 
 N_TOKENS = 40
@@ -216,17 +217,21 @@ def test_rows_of_the_compiled_step_do_not_depend_on_each_other(dtype, long_model
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8])
-@pytest.mark.parametrize("is_integer", [False, True])
-def test_the_compiled_step_computes_what_the_modules_do(dtype, cache_dtype, is_integer):
+@pytest.mark.parametrize("precision", ["plain", "int8", "int4"])
+def test_the_compiled_step_computes_what_the_modules_do(dtype, cache_dtype, precision):
     """With widths that are no multiple of a vector, blocks out of order, several sequences."""
-    config = ModelConfig(88, 3, 4, 2, 56, 67, rope_theta=1e4, initializer_range=0.2)
+    if precision == "int4" and not packs_as_expected():
+        pytest.skip("PyTorch packs int4 for AVX-512 only as the step reads it")
+    sizes = (96, 3, 4, 2, 160, 67) if precision == "int4" else (88, 3, 4, 2, 56, 67)
+    config = ModelConfig(*sizes, rope_theta=1e4, initializer_range=0.2)
     model = Transformer(config)
     model.initialise(torch.Generator().manual_seed(1))
     model = model.to(dtype).requires_grad_(False)
-    if is_integer:
+    if precision != "plain":
         for name, module in list(model.named_modules()):
             if isinstance(module, torch.nn.Linear):
-                model.set_submodule(name, Int8Linear.quantized(module.weight.data))
+                layer = quantized(module.weight.data, precision, name == "lm_head")
+                model.set_submodule(name, layer)
     tokens = torch.randint(0, 67, (31,), generator=torch.Generator().manual_seed(2)).tolist()
     steps = [
         (tokens[:25], [Span([3, 1, 7], 0, 20), Span([2], 0, 5)], [19, 24]),

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from codellama.engine.cache import PagedCache, Span
-from codellama.model.quantize import Int8Linear
+from codellama.model.quantize import Int4Linear, Int8Linear
 from codellama.model.transformer import Block, Transformer
 
 SOURCE = Path(__file__).with_name("step.cpp")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-fopenmp")
 MAX_ROWS = 32  # with more tokens in a pass, the matrix units behind PyTorch are faster
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+INT4 = 3
 _log = logging.getLogger(__name__)
 
 
@@ -42,6 +43,8 @@ class _Matrix(ctypes.Structure):
         ("n_out", c_int64),
         ("n_in", c_int64),
         ("kind", c_int64),
+        ("group", c_int64),
+        ("n_packed", c_int64),
     ]
 
 
@@ -175,17 +178,38 @@ class NativeStep:
     def _matrix(self, module: nn.Module) -> _Matrix:
         weight = module.weight
         assert isinstance(weight, Tensor)
+        pointer = self._pointer(weight)
+        if isinstance(module, Int4Linear):
+            scales = self._pointer(module.scales_and_zeros)
+            sizes = module.out_features, module.in_features, INT4, module.group, weight.shape[0]
+            return _Matrix(pointer, scales, *sizes)
         scale = self._pointer(module.scale) if isinstance(module, Int8Linear) else None
-        return _Matrix(self._pointer(weight), scale, *weight.shape, _KINDS[weight.dtype])
+        return _Matrix(pointer, scale, *weight.shape, _KINDS[weight.dtype], 0, 0)
 
 
 def _is_known(module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether a module is a matrix that the step can multiply by, and nothing more."""
     if type(module) is Int8Linear:
         return module.scale.dtype == dtype and module.weight.is_contiguous()
+    if type(module) is Int4Linear:
+        return module.scales_and_zeros.dtype == dtype and packs_as_expected()
     if type(module) is not nn.Linear or module.bias is not None or module._forward_hooks:
         return False
     return module.weight.dtype == dtype and module.weight.is_contiguous()
+
+
+@functools.cache
+def packs_as_expected() -> bool:
+    """Whether this PyTorch on this processor packs int4 in the order that the step reads."""
+    integers = torch.arange(80 * 2, dtype=torch.int32).view(80, 2) * 7 % 16
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1).flatten().tolist()
+    columns = integers[:64].T.tolist()
+    expected: list[int] = []
+    for c in columns:
+        expected += [c[32 + i] << 4 | c[i] for i in range(32)]
+    for c in integers[64:].T.tolist():
+        expected += [c[i + 1] << 4 | c[i] for i in range(0, 16, 2)]
+    return packed == expected
 
 
 @functools.cache

@@ -23,6 +23,7 @@ namespace {
 constexpr int kWidth = 16;    // values of one vector
 constexpr int kOutputs = 4;   // rows of a matrix read at a time: enough streams for the prefetcher
 constexpr int kRows = 4;      // tokens that share one reading of them
+constexpr int kPacked = 64;   // rows of an int4 matrix that lie together
 
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
@@ -30,7 +31,7 @@ typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
 typedef int8_t Bytes __attribute__((vector_size(kWidth)));
 
-enum Kind : int64_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+enum Kind : int64_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
 inline float from_bits(uint32_t bits) {
   float value;
@@ -97,10 +98,10 @@ float load(const void* data, int64_t at, int64_t kind) {
 
 extern "C" {
 
-struct Matrix {  // [n_out, n_in], with a scale for each output where it holds integers
+struct Matrix {  // [n_out, n_in]
   const void* weights;
-  const void* scales;
-  int64_t n_out, n_in, kind;
+  const void* scales;  // int8: [n_out]; int4: [n_in / group, n_packed, 2], scale and zero
+  int64_t n_out, n_in, kind, group, n_packed;
 };
 
 struct Layer {
@@ -199,12 +200,77 @@ struct Step {
     }
   }
 
-  // Calls store(row, output, value) for a few outputs of all rows of x [n_rows, n_in].
+  // As PyTorch packs int4 for AVX-512: for 64 outputs and each input there are 32 bytes, of which
+  // byte i has outputs i and 32 + i. Where fewer than 64 are left, neighbours share a byte.
+  template <int n_rows>
+  void dot_int4(const Matrix& m, int64_t first, const float* x, float (&sums)[kRows][kPacked]) const {
+    const int n_block = static_cast<int>(std::min<int64_t>(kPacked, m.n_packed - first));
+    const auto* packed = static_cast<const uint8_t*>(m.weights) + first * m.n_in / 2;
+    for (int r = 0; r < n_rows; ++r) std::fill(sums[r], sums[r] + kPacked, 0.0f);
+    for (int64_t begin = 0; begin < m.n_in; begin += m.group) {
+      alignas(64) float parts[n_rows][kPacked];
+      float inputs[n_rows] = {};
+      if (n_block == kPacked) {
+        Floats wide[n_rows][4] = {};
+        for (int64_t at = begin; at < begin + m.group; ++at) {
+          Bytes bytes[2];
+          std::memcpy(bytes, packed + at * kPacked / 2, sizeof bytes);
+          const Floats weights[4] = {widened(bytes[0] & 15), widened(bytes[1] & 15),
+                                     widened((bytes[0] >> 4) & 15), widened((bytes[1] >> 4) & 15)};
+          for (int r = 0; r < n_rows; ++r) {
+            const float input = x[r * m.n_in + at];
+            inputs[r] += input;
+            for (int i = 0; i < 4; ++i) wide[r][i] += weights[i] * input;
+          }
+        }
+        std::memcpy(parts, wide, sizeof parts);
+      } else {
+        std::fill(parts[0], parts[0] + n_rows * kPacked, 0.0f);
+        for (int64_t at = begin; at < begin + m.group; ++at)
+          for (int r = 0; r < n_rows; ++r) {
+            const float input = x[r * m.n_in + at];
+            inputs[r] += input;
+            for (int i = 0; i < n_block; ++i) {
+              const int byte = packed[at * n_block / 2 + i / 2];
+              parts[r][i] += (i % 2 ? byte >> 4 : byte & 15) * input;
+            }
+          }
+      }
+      float scales[kPacked], zeros[kPacked];
+      const int64_t place = (begin / m.group * m.n_packed + first) * 2;
+      for (int i = 0; i < n_block; ++i) {
+        scales[i] = load(m.scales, place + 2 * i, model.kind);
+        zeros[i] = load(m.scales, place + 2 * i + 1, model.kind) - 8 * scales[i];
+      }
+      for (int r = 0; r < n_rows; ++r)
+        for (int i = 0; i < n_block; ++i)
+          sums[r][i] += parts[r][i] * scales[i] + zeros[i] * inputs[r];
+    }
+  }
+
+  static Floats widened(Bytes bytes) {
+    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+  }
+
+  // Calls store(row, output, value) for one part of the outputs, of all rows of x [n_rows, n_in].
   template <class Store>
-  void multiply(const Matrix& m, int64_t first, const float* x, int64_t n_rows, Store store) const {
-    const int n_outputs = static_cast<int>(std::min<int64_t>(kOutputs, m.n_out - first));
+  void multiply(const Matrix& m, int64_t part, const float* x, int64_t n_rows, Store store) const {
     for (int64_t row = 0; row < n_rows; row += kRows) {
       const int few = static_cast<int>(std::min<int64_t>(kRows, n_rows - row));
+      if (m.kind == kInt4) {
+        const int64_t first = part * kPacked;
+        float sums[kRows][kPacked];
+        const float* from = x + row * m.n_in;
+        if (few == 1) dot_int4<1>(m, first, from, sums);
+        else if (few == 2) dot_int4<2>(m, first, from, sums);
+        else if (few == 3) dot_int4<3>(m, first, from, sums);
+        else dot_int4<4>(m, first, from, sums);
+        for (int64_t o = 0; o < std::min<int64_t>(kPacked, m.n_out - first); ++o)
+          for (int r = 0; r < few; ++r) store(row + r, first + o, rounded(sums[r][o]));
+        continue;
+      }
+      const int64_t first = part * kOutputs;
+      const int n_outputs = static_cast<int>(std::min<int64_t>(kOutputs, m.n_out - first));
       float sums[kOutputs][kRows];
       if (m.kind == kFloat32) dot<kFloat32>(m, first, n_outputs, x + row * m.n_in, few, sums);
       else if (m.kind == kBfloat16) dot<kBfloat16>(m, first, n_outputs, x + row * m.n_in, few, sums);
@@ -216,7 +282,10 @@ struct Step {
     }
   }
 
-  static int64_t n_parts(const Matrix& m) { return (m.n_out + kOutputs - 1) / kOutputs; }
+  static int64_t n_parts(const Matrix& m) {
+    const int64_t size = m.kind == kInt4 ? kPacked : kOutputs;
+    return (m.n_out + size - 1) / size;
+  }
 
   void normalise(int64_t row, const void* weight) {
     const float* in = x.data() + row * model.width;
@@ -338,8 +407,8 @@ struct Step {
       const int which = part < n_q ? 0 : part < n_q + n_kv ? 1 : 2;
       const Matrix& m = which == 0 ? layer.q : which == 1 ? layer.k : layer.v;
       float* to = which == 0 ? q.data() : which == 1 ? k.data() : v.data();
-      const int64_t first = (which == 0 ? part : (part - n_q) % n_kv) * kOutputs;
-      multiply(m, first, normed.data(), n,
+      const int64_t own = which == 0 ? part : (part - n_q) % n_kv;
+      multiply(m, own, normed.data(), n,
                [&](int64_t row, int64_t output, float value) { to[row * m.n_out + output] = value; });
     }
 #pragma omp for schedule(static)
@@ -366,7 +435,7 @@ struct Step {
     };
 #pragma omp for schedule(static)
     for (int64_t part = 0; part < n_parts(layer.o); ++part)
-      multiply(layer.o, part * kOutputs, attended.data(), n, add);
+      multiply(layer.o, part, attended.data(), n, add);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < n; ++row) normalise(row, layer.output_norm);
 #pragma omp for schedule(static)
@@ -378,12 +447,12 @@ struct Step {
         float& to = gated[row * model.ff_width + output];
         to = rounded(to * value);
       };
-      multiply(layer.gate, part * kOutputs, normed.data(), n, gate);
-      multiply(layer.up, part * kOutputs, normed.data(), n, up);
+      multiply(layer.gate, part, normed.data(), n, gate);
+      multiply(layer.up, part, normed.data(), n, up);
     }
 #pragma omp for schedule(static)
     for (int64_t part = 0; part < n_parts(layer.down); ++part)
-      multiply(layer.down, part * kOutputs, gated.data(), n, add);
+      multiply(layer.down, part, gated.data(), n, add);
   }
 
   void run(int n_threads) {
@@ -403,7 +472,7 @@ struct Step {
       }
 #pragma omp for schedule(static)
       for (int64_t part = 0; part < n_parts(model.head); ++part)
-        multiply(model.head, part * kOutputs, q.data(), batch.n_wanted,
+        multiply(model.head, part, q.data(), batch.n_wanted,
                  [&](int64_t row, int64_t output, float value) {
                    batch.logits[row * model.head.n_out + output] = value;
                  });
