@@ -50,7 +50,6 @@ def start(step: dict[str, Any]) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.execve(step["argv"][0], step["argv"], step["environment"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    renew_streams()
     sys.modules["random"].seed(0)  # the same samples get the same verdicts
     if step["kind"] == "candidate":
         return import_module("codellama.sandbox.candidate").serve(read_source())
@@ -72,8 +71,8 @@ def link_socket() -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=LINK)
 
 
-def renew_streams() -> None:
-    """Standard streams for the descriptors that took the place of the zygote's."""
+def set_up_streams() -> None:
+    """Standard streams as programs find them, made once: a run puts its files below them."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         mode, buffering = "w" if number else "r", 1 if number == 2 else -1
         stream = os.fdopen(number, mode, buffering, "utf-8", "backslashreplace", closefd=False)

@@ -53,6 +53,7 @@ clone 56 220, clone3 435 435, prlimit64 302 261, socketpair 53 199, ioctl 16 29,
 prctl 157 167
 """
 
+_Instruction = tuple[int, int, int, int]  # operation, jumps where true and false, value
 _ARCHITECTURES = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}  # linux/audit.h, column
 _X32 = 0x40000000
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000  # linux/seccomp.h
@@ -75,29 +76,50 @@ def filter_program(may_start_programs: bool) -> bytes:
     if may_start_programs:
         allowed |= _numbers(_TO_START_PROGRAMS, column)
     by_argument = _numbers(_BY_ARGUMENT, column)
+    thread = [] if may_start_programs else [(_ANY_BIT, 1, 0, _CLONE_THREAD), _deny()]
+    rules = {number: [_permit()] for number in allowed.values()}
+    for name, checks in {
+        "prlimit64": _only(0, (0,)),  # of itself: a parent's limits could be set to zero
+        "socketpair": _only(0, (_AF_UNIX,)),
+        "ioctl": _only(1, _IOCTLS),
+        "fcntl": _only(1, _FCNTLS),
+        "prctl": _only(0, _PRCTLS),
+        # Its flags are out of a filter's sight; ENOSYS makes the C library use clone.
+        "clone3": [_deny(errno.ENOSYS)],
+        "clone": [_argument(0), (_ANY_BIT, 0, 1, _CLONE_NEW_ANY), _deny(), *thread, _permit()],
+    }.items():
+        rules[by_argument[name]] = checks
 
     code = [(_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, arch), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NR)]
     if platform.machine() == "x86_64":
         code += [(_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, _KILL)]
-    for number in allowed.values():
-        code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
-
-    def only_where(name: str, argument: int, values: tuple[int, ...]) -> None:
-        tests = [(_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
-        _append(code, by_argument[name], [_argument(argument), *tests, _deny(), _permit()])
-
-    only_where("prlimit64", 0, (0,))  # of itself: a parent's limits could be set to zero
-    only_where("socketpair", 0, (_AF_UNIX,))
-    only_where("ioctl", 1, _IOCTLS)
-    only_where("fcntl", 1, _FCNTLS)
-    only_where("prctl", 0, _PRCTLS)
-    # The flags of clone3 are out of a filter's sight; ENOSYS makes the C library use clone.
-    _append(code, by_argument["clone3"], [_deny(errno.ENOSYS)])
-    thread = [(_ANY_BIT, 1, 0, _CLONE_THREAD), _deny()] if not may_start_programs else []
-    checks = [_argument(0), (_ANY_BIT, 0, 1, _CLONE_NEW_ANY), _deny(), *thread, _permit()]
-    _append(code, by_argument["clone"], checks)
-    code.append(_deny())
+    code += _search(_segments(rules))
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+
+
+def _segments(rules: dict[int, list[_Instruction]]) -> list[tuple[int, list[_Instruction]]]:
+    """(first number, what to do from there on), neighbours that do the same joined."""
+    segments = [(0, rules.get(0, [_deny()]))]
+    for number in range(1, max(rules) + 2):
+        rule = rules.get(number, [_deny()])
+        if rule != segments[-1][1]:
+            segments.append((number, rule))
+    return segments
+
+
+def _search(segments: list[tuple[int, list[_Instruction]]]) -> list[_Instruction]:
+    """Binary search: the kernel tries a filter for every call when it is installed, in each run."""
+    if len(segments) == 1:
+        return segments[0][1]
+    middle = len(segments) // 2
+    low, high = _search(segments[:middle]), _search(segments[middle:])
+    return [(_AT_LEAST, len(low), 0, segments[middle][0]), *low, *high]
+
+
+def _only(argument: int, values: tuple[int, ...]) -> list[_Instruction]:
+    """Allow a call where an argument is one of the values."""
+    tests = [(_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
+    return [_argument(argument), *tests, _deny(), _permit()]
 
 
 def _numbers(table: str, column: int) -> dict[str, int]:
@@ -105,13 +127,7 @@ def _numbers(table: str, column: int) -> dict[str, int]:
     return {row[0]: int(row[column]) for row in rows if row[column] != "-"}
 
 
-def _append(code: list[tuple[int, int, int, int]], number: int, checks: list) -> None:
-    """Add checks that decide about one call and are jumped over for the others."""
-    code.append((_EQUAL, 0, len(checks), number))
-    code += checks
-
-
-def _argument(index: int) -> tuple[int, int, int, int]:
+def _argument(index: int) -> _Instruction:
     return (
         _LOAD,
         0,
@@ -120,9 +136,9 @@ def _argument(index: int) -> tuple[int, int, int, int]:
     )  # the lower half; both processors are little-endian
 
 
-def _permit() -> tuple[int, int, int, int]:
+def _permit() -> _Instruction:
     return (_RETURN, 0, 0, _ALLOW)
 
 
-def _deny(number: int = errno.EPERM) -> tuple[int, int, int, int]:
+def _deny(number: int = errno.EPERM) -> _Instruction:
     return (_RETURN, 0, 0, _ERRNO | number)

@@ -67,6 +67,7 @@ def main(control: socket.socket, settings: dict[str, Any]) -> None:
         kernel.drop_bounding_capabilities()
         settings["filter"] = seccomp.filter_program(starts_programs)
         jail.forget_host_paths()
+    programs.set_up_streams()
     gc.collect()
     gc.freeze()  # the collector of a run does not touch, and so copy, the zygote's pages
     control.send(b'{"ready": true}')
