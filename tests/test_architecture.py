@@ -23,7 +23,8 @@ MODEL_SIDE = {"model", "tokenizer", "weights"}
 LAYERS: dict[str, set[str]] = {
     # at the bottom: nothing of ours
     "artifact": set(),
-    "recipe": set(),
+    "recipe_corpus": set(),
+    "recipe": {"recipe_corpus"},
     "sandbox": set(),
     "terminal": set(),
     # the parts

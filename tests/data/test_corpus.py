@@ -18,6 +18,7 @@ def row(number: int, split: str) -> dict[str, Any]:
     text = TEXTS[number]
     digest = hashlib.sha256(text.encode()).hexdigest()
     fixed = {"source": "s", "repository": "r", "language": "python", "licence": "MIT"}
+    fixed["kind"] = "code"
     size = len(text.encode())
     path = f"{number}.py"
     return fixed | {"text": text, "path": path, "n_bytes": size, "sha256": digest, "split": split}

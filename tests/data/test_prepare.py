@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from trees import make_recipe, program, write_tree, write_wheel
 
-from codellama.data import prepare
+from codellama.data import listing, prepare, shuffle
 from codellama.data.corpus import CorpusReader
-from codellama.data.prepare import prepare_corpus
+from codellama.data.prepare import plan_corpus, prepare_corpus
 
 FILES: dict[str, str | bytes] = {f"pkg{n % 8}/module_{n}.py": program(f"f{n}") for n in range(40)}
 JUNK: dict[str, str | bytes] = {
@@ -55,6 +56,7 @@ def test_from_a_folder_to_a_corpus(tree: Path, tmp_path: Path) -> None:
         "repository": "pkg3",
         "path": validation.row(0)["path"],
         "language": "python",
+        "kind": "code",
         "licence": "MIT",
         "n_bytes": len(text.encode()),
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -98,12 +100,16 @@ def test_training_order_is_mixed_and_depends_on_the_seed(tree: Path, tmp_path: P
 def test_same_inputs_give_the_same_bytes(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = prepare_corpus(make_recipe(tmp_path / "one", tree))
+    fields: dict[str, Any] = {"near_duplicates": {}}
+    one = prepare_corpus(make_recipe(tmp_path / "one", tree, **fields))
     for file in tree.rglob("*.py"):
         os.utime(file, (1, 1))
-    monkeypatch.setattr(prepare, "BATCH_FILES", 7)
-    monkeypatch.setattr(prepare, "IN_PROCESS_FILES", 0)  # in worker processes this time
-    two = prepare_corpus(make_recipe(tmp_path / "two", tree))
+    # In worker processes this time, in other units, and sorted in several buckets.
+    monkeypatch.setattr(prepare, "IN_PROCESS_BYTES", 0)
+    monkeypatch.setattr(listing, "UNIT_FILES", 2)
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 5000)
+    monkeypatch.setattr(shuffle, "BUFFER_BYTES", 3000)
+    two = prepare_corpus(make_recipe(tmp_path / "two", tree, **fields))
     assert content(one) == content(two)
 
 
@@ -142,7 +148,7 @@ def test_whatever_changed_leads_to_a_new_corpus(tree: Path, tmp_path: Path, chan
     prepare_corpus(make_recipe(tmp_path / "work", tree, **fields))
     assert (content(folder) == before) is (change in ("shard lost", "manifest"))
     CorpusReader(folder, "train")
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["corpus"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["corpus", "staged"]
 
 
 def test_empty_corpora_say_what_was_dropped(tmp_path: Path) -> None:
@@ -150,14 +156,14 @@ def test_empty_corpora_say_what_was_dropped(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is empty: of 2 files .*too small: 1, binary: 1"):
         prepare_corpus(make_recipe(tmp_path / "work", tree))
     (tmp_path / "void").mkdir()
-    with pytest.raises(ValueError, match="is empty: no Python files"):
+    with pytest.raises(ValueError, match="is empty: no wanted files"):
         prepare_corpus(make_recipe(tmp_path / "work", tmp_path / "void"))
     with pytest.raises(ValueError, match="no such folder"):
         prepare_corpus(make_recipe(tmp_path / "work", tmp_path / "absent"))
     held = write_tree(tmp_path / "held", {"a/x.py": program("x"), "a/y.py": program("y")})
     with pytest.raises(ValueError, match="hold_out names every package"):
         prepare_corpus(make_recipe(tmp_path / "work", held, hold_out=["a"]))
-    assert list((tmp_path / "work").iterdir()) == []
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["staged"]
 
 
 def test_licences_that_are_not_permissive_are_left_out(tmp_path: Path) -> None:
@@ -228,12 +234,12 @@ def test_a_failure_while_writing_leaves_the_previous_corpus(
         if n_rows > 10:
             raise error
 
-    monkeypatch.setattr(prepare.ShardWriter, "add", fail)
+    monkeypatch.setattr(shuffle.ShardWriter, "add", fail)
     expected = r"corpus: could not write .*No space left" if isinstance(error, OSError) else None
     with pytest.raises(type(error), match=expected):
         prepare_corpus(make_recipe(tmp_path / "work", tree, seed=9))
     assert content(folder) == before
-    assert [path.name for path in folder.parent.iterdir()] == ["corpus"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["corpus", "staged"]
 
 
 IN_ANOTHER_PROCESS = """
@@ -274,7 +280,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     assert line.startswith(f"OSError: {recipe.corpus_dir}: could not write the corpus: ")
     assert "File too large" in line
     assert "Traceback" not in done.stderr
-    assert list((tmp_path / "work").iterdir()) == []
+    assert list((tmp_path / "work" / "staged").iterdir()) == []
 
 
 def test_killed_while_writing_then_run_again(tree: Path, tmp_path: Path) -> None:
@@ -285,7 +291,7 @@ def test_killed_while_writing_then_run_again(tree: Path, tmp_path: Path) -> None
     assert content(folder) == before
     prepare_corpus(recipe)
     assert content(folder) == content(prepare_corpus(make_recipe(tmp_path / "fresh", tree, seed=9)))
-    assert [path.name for path in folder.parent.iterdir()] == ["corpus"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["corpus", "staged"]
 
 
 def test_two_processes_do_not_write_one_corpus(tree: Path, tmp_path: Path) -> None:
@@ -297,3 +303,216 @@ def test_two_processes_do_not_write_one_corpus(tree: Path, tmp_path: Path) -> No
         prepare_corpus(recipe)
     os.close(descriptor)
     prepare_corpus(recipe)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "UNIT_FILES", 2)
+    n_done = 0
+    whole = prepare.stage_unit
+
+    def stop(*arguments: Any) -> None:
+        nonlocal n_done
+        if n_done == 3:
+            raise KeyboardInterrupt
+        whole(*arguments)
+        n_done += 1
+
+    monkeypatch.setattr(prepare, "stage_unit", stop)
+    recipe = make_recipe(tmp_path / "work", tree)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(recipe)
+    staged = {path.name: path.stat().st_ino for path in (tmp_path / "work/staged").iterdir()}
+    assert len(staged) == 3
+    monkeypatch.setattr(prepare, "stage_unit", whole)
+    folder = prepare_corpus(recipe)
+    after = {path.name: path.stat().st_ino for path in (tmp_path / "work/staged").iterdir()}
+    assert after.items() > staged.items()
+    assert content(folder) == content(prepare_corpus(make_recipe(tmp_path / "fresh", tree)))
+
+
+def test_a_new_source_leaves_the_others_as_they_are(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = write_tree(tmp_path / "more", {f"new/m{n}.py": program(f"new{n}") for n in range(5)})
+    write_tree(more, {"new/copy.py": program("f1") + "# changed a little\n"})
+    sources = [{"name": "tree", "path": str(tree)}, {"name": "more", "path": str(more)}]
+    fields: dict[str, Any] = {"near_duplicates": {}, "hold_out": ["pkg3"]}
+    recipe = make_recipe(tmp_path / "work", sources[:1], **fields)
+    before = CorpusReader(prepare_corpus(recipe), "train")
+    old = set(before)
+    names: list[str] = []
+    whole = prepare.stage_unit
+
+    def watch(unit: Any, *arguments: Any) -> None:
+        names.append(unit.source)
+        whole(unit, *arguments)
+
+    monkeypatch.setattr(prepare, "stage_unit", watch)
+    assert [
+        row["to_read_bytes"] > 0
+        for row in plan_corpus(make_recipe(tmp_path / "work", sources, **fields))
+    ] == [False, True]
+    folder = prepare_corpus(make_recipe(tmp_path / "work", sources, **fields))
+    assert set(names) == {"more"}
+    new = CorpusReader(folder, "train")
+    assert set(new) - old == {program(f"new{n}") for n in range(5)}
+    assert old <= set(new)
+    (example,) = manifest(folder)["dropped"]["near duplicate"]["examples"]
+    assert example == "new/copy.py (like pkg1/module_1.py)"
+    assert manifest(folder)["cluster_sizes"] == {"3": 1}
+
+
+def test_a_new_batch_against_an_existing_corpus(tree: Path, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"near_duplicates": {}, "hold_out": ["pkg3", "other"]}
+    first = prepare_corpus(make_recipe(tmp_path / "first", tree, **fields))
+    files: dict[str, str | bytes] = {
+        "batch/copy.py": program("f1"),
+        "batch/near.py": program("f3") + "# changed a little\n",  # of what was held out
+        "batch/new.py": program("new"),
+        "other/held.py": program("held"),
+    }
+    batch = write_tree(tmp_path / "batch", files)
+    recipe = make_recipe(tmp_path / "second", batch, against=[str(first)], **fields)
+    folder = prepare_corpus(recipe)
+    assert list(CorpusReader(folder, "train")) == [program("new")]
+    dropped = {reason: drop["n"] for reason, drop in manifest(folder)["dropped"].items()}
+    assert dropped == {"duplicate": 1, "near duplicate": 1}
+    fields["near_duplicates"] = {"ngram": 3}
+    other = make_recipe(tmp_path / "second", batch, against=[str(first)], **fields)
+    with pytest.raises(ValueError, match="other settings of near_duplicates"):
+        prepare_corpus(other)
+
+
+def test_every_kind_of_source_and_document_in_one_corpus(tmp_path: Path) -> None:
+    script = "import { a } from './b.js';\n" + "export const value = a + 1; // code\n" * 6
+    notebook = {"cells": [{"cell_type": "markdown", "source": ["Some words. "] * 20}]}
+    prose = "How to use it, in many words. " * 12
+    documented = f'"""{(prose + chr(10)) * 5}"""\n' + program("documented")
+    files: dict[str, str | bytes] = {
+        "p/a.py": documented,
+        "p/b.ts": script,
+        "p/README.md": "# Title\n\n" + prose * 9,  # one line of 3,000 characters
+        "p/n.ipynb": json.dumps(notebook),
+        "p/run": "#!/bin/sh\n" + "echo hello to everybody here\n" * 8,
+        "p/data.json": json.dumps({"key": "value"}) * 20,
+        "p/package-lock.json": "{}",
+        "p/app.min.js": "var a=1;" * 50,
+    }
+    tree = write_tree(tmp_path / "tree", files)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"q": f"Question {n}? {prose}", "a": prose * n}) + "\n" for n in (1, 2))
+        + "{broken\n"
+    )
+    sources = [
+        {"name": "tree", "path": str(tree), "languages": ["all"], "docstrings": True},
+        {
+            "name": "answers",
+            "kind": "jsonl",
+            "path": str(rows),
+            "content": "text",
+            "columns": {"text": ["q", "a"]},
+            "licence": "CC-BY-SA-4.0",
+        },
+        {"name": "far", "kind": "jsonl", "path": "s3://no-such-bucket-here/*.jsonl"},
+    ]
+    filters = {"allowed_licences": ["CC-BY-SA-4.0"]}
+    folder = prepare_corpus(make_recipe(tmp_path / "work", sources, filters=filters))
+    found = manifest(folder)
+    paths: dict[str, tuple[str, str]] = {}
+    for split in ("train", "validation"):
+        reader = CorpusReader(folder, split)  # type: ignore[arg-type]
+        for row in map(reader.row, range(len(reader))):
+            paths[row["path"]] = row["kind"], row["language"]
+    assert paths == {
+        "a.py": ("code", "python"),
+        "a.py#docstrings": ("code-text", "text"),
+        "b.ts": ("code", "typescript"),
+        "README.md": ("code-text", "markdown"),
+        "n.ipynb": ("code-text", "notebook"),
+        "run": ("code", "bash"),
+        "rows.jsonl#0": ("text", "text"),
+        "rows.jsonl#1": ("text", "text"),
+    }
+    assert found["dropped"]["minified"]["examples"] == ["p/app.min.js"]
+    assert found["dropped"]["damaged row"]["n"] == 1
+    assert list(found["inputs"]["unavailable"]) == ["far"]
+    assert found["inputs"]["n_other_files"]["tree"] == 3  # two of JSON, a licence
+    card = (folder / "README.md").read_text()
+    assert "| damaged row | 1 | `answers/rows.jsonl#2 (" in card
+    assert "| typescript | 1 |" in card
+
+
+def test_secrets_are_replaced_and_counted(tmp_path: Path) -> None:
+    text = program("x") + 'OWNER = "jane.roe@some-company.net"\n'
+    tree = write_tree(tmp_path / "tree", {"a/x.py": text, "a/y.py": program("y")})
+    folder = prepare_corpus(make_recipe(tmp_path / "work", tree, filters={"redact": True}))
+    texts = [*CorpusReader(folder, "train"), *CorpusReader(folder, "validation")]
+    assert sorted(texts) == sorted([program("y"), program("x") + 'OWNER = "<EMAIL>"\n'])
+    assert manifest(folder)["redacted"] == {"<EMAIL>": 1}
+
+
+def test_rejects_can_be_read(tree: Path, tmp_path: Path) -> None:
+    folder = prepare_corpus(make_recipe(tmp_path / "work", tree, keep_rejects=True))
+    rows = pq.read_table(folder / "rejects.parquet").to_pylist()
+    assert {row["path"]: row["reason"] for row in rows} == {
+        "binary.py": "binary",
+        "latin.py": "not UTF-8",
+        "small.py": "too small",
+        "z_copy.py": "duplicate",
+        "_vendor/copied.py": "vendored",
+        "bad.py": "does not parse",
+    }
+    texts = {row["path"]: row["text"] for row in rows}
+    assert texts["bad.py"] == JUNK["pkg2/bad.py"]
+    assert texts["z_copy.py"] == JUNK["pkg1/z_copy.py"]
+
+
+@pytest.mark.parametrize("action", ["drop", "cut"])
+def test_benchmarks_are_kept_out(tmp_path: Path, action: str) -> None:
+    solution = (
+        "def has_close(numbers, threshold):\n"
+        '    """Check whether in a given list of numbers any two are closer to each other than"""\n'
+        "    for index, first in enumerate(numbers):\n"
+        "        for other, second in enumerate(numbers):\n"
+        "            if index != other and abs(first - second) < threshold:\n"
+        "                return True\n    return False\n"
+    )
+    (tmp_path / "bench").mkdir()
+    row = {"prompt": solution, "canonical_solution": "pass"}
+    (tmp_path / "bench" / "b.jsonl").write_text(json.dumps(row) + "\n")
+    files = {f"p/m{n}.py": program(f"m{n}") for n in range(3)}
+    tree = write_tree(tmp_path / "tree", files | {"p/leak.py": program("a") + "\n\n" + solution})
+    benchmarks = {"paths": [str(tmp_path / "bench")], "action": action}
+    folder = prepare_corpus(make_recipe(tmp_path / "work", tree, benchmarks=benchmarks))
+    texts = "".join([*CorpusReader(folder, "train"), *CorpusReader(folder, "validation")])
+    assert "closer" not in texts
+    assert ("def a_0(" in texts) is (action == "cut")
+    assert manifest(folder)["benchmarks"]["bench/b.jsonl"]["n_documents_hit"] == 1
+    assert manifest(folder)["dropped"].get("benchmark", {}).get("n", 0) == (action == "drop")
+
+
+def test_a_worker_that_dies_is_tried_again(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, n_calls = prepare._run, 0
+
+    def fail(missing: Any, *arguments: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 2:  # with a half of the rest done
+            yield from whole(missing[: len(missing) // 2], *arguments)
+        raise RuntimeError("the node is gone")
+
+    def fail_twice(missing: Any, *arguments: Any) -> Any:
+        return fail(missing, *arguments) if n_calls < 2 else whole(missing, *arguments)
+
+    monkeypatch.setattr(listing, "UNIT_FILES", 2)
+    monkeypatch.setattr(prepare, "_run", fail_twice)
+    folder = prepare_corpus(make_recipe(tmp_path / "work", tree))
+    assert content(folder) == content(prepare_corpus(make_recipe(tmp_path / "fresh", tree)))
+    monkeypatch.setattr(prepare, "_run", fail)
+    with pytest.raises(OSError, match="could not be staged: the node is gone"):
+        prepare_corpus(make_recipe(tmp_path / "never", tree))

@@ -8,17 +8,29 @@ from pathlib import Path
 import pytest
 from trees import MIT_TEXT, program, write_tree, write_wheel
 
-from codellama.data import sources
-from codellama.data.sources import cached_wheel, fetch_wheel, list_sources, read_file
+from codellama.data import wheels
+from codellama.data.archives import RawDocument
+from codellama.data.listing import Listing, list_sources
+from codellama.data.sources import read_unit
+from codellama.data.wheels import cached_wheel, fetch_wheel
 from codellama.recipe import Source
 
 
 def tree(path: Path, **fields: object) -> tuple[Source, ...]:
-    return (Source.model_validate({"name": "tree", "path": path, **fields}),)
+    return (Source.model_validate({"name": "tree", "path": str(path), **fields}),)
 
 
-def rows(listing: sources.Listing) -> list[tuple[str, str]]:
-    return [(file.repository, file.path) for file in listing.files]
+def documents(listing: Listing, *sources: Source, max_bytes: int = 1_000_000) -> list[RawDocument]:
+    named = {source.name: source for source in sources}
+    return [d for unit in listing.units for d in read_unit(unit, named[unit.source], max_bytes)]
+
+
+def rows(listing: Listing) -> list[tuple[str, str]]:
+    return [(entry.repository, entry.path) for unit in listing.units for entry in unit.entries]
+
+
+def licences(listing: Listing) -> list[str]:
+    return [entry.licence for unit in listing.units for entry in unit.entries]
 
 
 def test_tree_lists_python_files_per_repository(tmp_path: Path) -> None:
@@ -36,7 +48,8 @@ def test_tree_lists_python_files_per_repository(tmp_path: Path) -> None:
     listing = list_sources(tree(tmp_path), tmp_path / "cache")
     expected = [("alpha", "a.py"), ("beta", "pkg/b.py"), (tmp_path.name, "loose.py")]
     assert rows(listing) == expected
-    assert [file.licence for file in listing.files] == ["MIT", "MIT", "unknown"]
+    assert licences(listing) == ["MIT", "MIT", "unknown"]
+    assert listing.n_other["tree"] == 3  # notes.txt and two licence files
 
 
 def test_tree_with_a_project_file_is_one_repository(tmp_path: Path) -> None:
@@ -45,7 +58,7 @@ def test_tree_with_a_project_file_is_one_repository(tmp_path: Path) -> None:
     (root / "LICENSE.txt").write_text(MIT_TEXT)
     listing = list_sources(tree(root), tmp_path)
     assert rows(listing) == [("project", "src/a.py"), ("project", "tests/b.py")]
-    assert {file.licence for file in listing.files} == {"MIT"}
+    assert set(licences(listing)) == {"MIT"}
 
 
 def test_tree_takes_named_packages_and_names_those_it_lacks(tmp_path: Path) -> None:
@@ -60,32 +73,66 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
         list_sources(tree(tmp_path / "nowhere"), tmp_path)
 
 
-def test_what_is_no_regular_file_is_listed_as_unreadable(tmp_path: Path) -> None:
+def test_what_is_no_regular_file_is_counted(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.py")  # opening it in the plain way would wait for ever
     (tmp_path / "dangling.py").symlink_to(tmp_path / "absent")
     (tmp_path / "loop.py").symlink_to(tmp_path / "loop.py")
-    listing = list_sources(tree(tmp_path), tmp_path)
-    assert len(listing.files) == 3
-    for file in listing.files:
-        assert file.crc == -1
-        with pytest.raises(OSError, match=r"fifo|dangling|loop"):
-            read_file(file.location, file.member, 1000)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "above").symlink_to(tmp_path)  # a loop of folders
+    (source,) = tree(tmp_path)
+    found = documents(list_sources((source,), tmp_path / "cache"), source)
+    assert [(d.path, d.reason, d.content) for d in found] == [
+        ("dangling.py", "unreadable", b""),
+        ("fifo.py", "unreadable", b""),
+        ("loop.py", "unreadable", b""),
+    ]
+
+
+def test_links_out_of_a_tree_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret.py").write_text(program("secret"))
+    root = write_tree(tmp_path / "tree", {"a/x.py": program("x")})
+    (root / "a" / "out.py").symlink_to(tmp_path / "secret.py")
+    (root / "a" / "within.py").symlink_to(root / "a" / "x.py")
+    (source,) = tree(root)
+    found = {d.path: d for d in documents(list_sources((source,), tmp_path), source)}
+    assert (found["out.py"].reason, found["out.py"].content) == ("unsafe path", b"")
+    assert found["within.py"].content == program("x").encode()
 
 
 def test_names_that_are_not_utf8_can_be_stored(tmp_path: Path) -> None:
     with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.py"), "wb") as file:
         file.write(program("x").encode())
-    (file,) = list_sources(tree(tmp_path), tmp_path).files
-    assert file.path == "caf\\udce9.py"
-    assert read_file(file.location, file.member, 10_000) == program("x").encode()
+    (source,) = tree(tmp_path)
+    (document,) = documents(list_sources((source,), tmp_path / "cache"), source)
+    assert document.path == "caf\\udce9.py"
+    assert document.content == program("x").encode()
+
+
+def test_a_file_of_two_gigabytes_is_read_no_further_than_the_limit(tmp_path: Path) -> None:
+    with open(tmp_path / "huge.py", "wb") as file:
+        file.truncate(2 << 30)
+    (source,) = tree(tmp_path)
+    (document,) = documents(list_sources((source,), tmp_path / "cache"), source, max_bytes=1000)
+    assert len(document.content) == 1001
+
+
+def test_a_new_file_changes_the_units_of_its_neighbours_alone(tmp_path: Path) -> None:
+    write_tree(tmp_path, {f"p/m{n}.py": f"# {n}" for n in range(6000)})
+    before = list_sources(tree(tmp_path), tmp_path / "cache").units
+    (tmp_path / "p" / "m3000b.py").write_text("# new")
+    after = list_sources(tree(tmp_path), tmp_path / "cache").units
+    assert len(before) > 4
+    assert len(set(after) - set(before)) <= 2
+    assert sum(len(unit.entries) for unit in after) == 6001
 
 
 def test_stdlib(tmp_path: Path) -> None:
     listing = list_sources((Source(name="stdlib", kind="stdlib"),), tmp_path)
-    paths = {file.path for file in listing.files}
+    paths = {path for _, path in rows(listing)}
     assert "json/decoder.py" in paths
     assert not any("site-packages" in path or path.startswith("/") for path in paths)
-    assert {(file.repository, file.licence) for file in listing.files} == {("cpython", "PSF-2.0")}
+    assert {repository for repository, _ in rows(listing)} == {"cpython"}
+    assert set(licences(listing)) == {"PSF-2.0"}
 
 
 @pytest.fixture
@@ -108,7 +155,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("site")
 def test_installed_files_belong_to_the_distribution_that_records_them(tmp_path: Path) -> None:
     listing = list_sources((Source(name="installed", kind="installed"),), tmp_path)
-    assert [(f.repository, f.path, f.licence) for f in listing.files] == [
+    assert [e[:3] for unit in listing.units for e in unit.entries] == [
         ("gpl-thing", "thing.py", "GPL"),
         ("py-yaml", "yaml/__init__.py", "MIT"),
         ("stray", "stray.py", "unknown"),
@@ -121,13 +168,14 @@ def test_cached_wheel_is_read_without_fetching(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("fetched although it is there")
 
-    monkeypatch.setattr(sources.subprocess, "run", refuse)
+    monkeypatch.setattr(wheels.subprocess, "run", refuse)
     write_wheel(tmp_path, "Zope.Thing", {"zope/thing.py": program("thing"), "zope/data.txt": "x"})
     (source,) = (Source(name="pypi", kind="pypi", packages=("zope-thing",)),)
     listing = list_sources((source,), tmp_path)
-    (file,) = listing.files
-    assert (file.repository, file.path, file.licence) == ("zope-thing", "zope/thing.py", "MIT")
-    assert read_file(file.location, file.member, 10_000) == program("thing").encode()
+    (document,) = documents(listing, source)
+    found = (document.repository, document.path, document.licence)
+    assert found == ("zope-thing", "zope/thing.py", "MIT")
+    assert document.content == program("thing").encode()
     assert listing.archives == ["Zope.Thing-1.0-py3-none-any.whl"]
 
 
@@ -188,25 +236,13 @@ def test_one_package_that_fails_does_not_cost_the_others(
     good = write_wheel(cache, "good", {"good.py": program("good")})
     broken = cache / "broken-1.0-py3-none-any.whl"
     broken.write_bytes(good.read_bytes()[:200])
-    (source,) = tree(tmp_path)
     source = Source(name="pypi", kind="pypi", packages=("evil", "broken", "good"))
     listing = list_sources((source,), cache)
-    assert rows(listing) == [("good", "good.py")]
-    assert list(listing.unavailable) == ["pypi/evil", "pypi/broken"]
+    found = [(d.repository, d.path, d.reason) for d in documents(listing, source)]
+    assert found == [
+        ("broken", broken.name, "damaged archive"),
+        ("good", "good.py", None),
+    ]
+    assert list(listing.unavailable) == ["pypi/evil"]
     assert not canary.exists()  # a source distribution is never run
     assert "pypi/evil: left out" in capsys.readouterr().err
-
-
-def test_a_member_is_never_read_beyond_the_limit(tmp_path: Path) -> None:
-    wheel = write_wheel(tmp_path, "bomb", {"bomb.py": "#" * 50_000_000})
-    assert wheel.stat().st_size < 100_000
-    assert len(read_file(os.fsencode(wheel), "bomb.py", 1000)) == 1001
-
-
-def test_a_damaged_member_is_an_os_error(tmp_path: Path) -> None:
-    wheel = write_wheel(tmp_path, "flipped", {"flipped.py": program("flipped", 200)})
-    content = bytearray(wheel.read_bytes())
-    content[300] ^= 0xFF  # inside the compressed data of the first member
-    wheel.write_bytes(content)
-    with pytest.raises(OSError, match=r"flipped\.py"):
-        read_file(os.fsencode(wheel), "flipped.py", 1_000_000)

@@ -1,24 +1,30 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from trees import make_recipe
 
-from codellama.data.split import assign_splits, unit_hash
+from codellama.data.split import Rows, assign_splits, unit_hash
 
 
-def columns(*files: tuple[str, str | None]) -> dict[str, list[Any]]:
+def columns(*files: tuple[str, str | None]) -> Rows:
     """Rows from (repository, key); a key of None is a file dropped by a filter."""
-    return {
-        "repository": [repository for repository, _ in files],
-        "reason": ["too small" if key is None else None for _, key in files],
-        "key": [key for _, key in files],
-        "sha256": [key and f"sha-{key}-{n}" for n, (_, key) in enumerate(files)],
-    }
+    keys = [(key or "").encode().ljust(16, b"\0") for _, key in files]
+    return Rows(
+        source=np.zeros(len(files), np.int32),
+        repository=np.array([repository for repository, _ in files], object),
+        reason=np.array(["too small" if key is None else None for _, key in files], object),
+        key=np.array(keys).astype("V16"),
+        sha256=np.array([f"sha-{key}-{n}".encode() for n, (_, key) in enumerate(files)], object),
+        n_bytes=np.ones(len(files), np.int64),
+        place=np.arange(len(files)),
+    )
 
 
-def split(rows: dict[str, list[Any]], **corpus: Any) -> list[str | None]:
-    return assign_splits(make_recipe(Path("work"), Path("tree"), **corpus).corpus, rows)
+def split(rows: Rows, **corpus: Any) -> list[str | None]:
+    found, _ = assign_splits(make_recipe(Path("work"), Path("tree"), **corpus).corpus, rows)
+    return [(None, "train", "validation")[number + 1] for number in found.tolist()]
 
 
 def test_named_packages_are_held_out_whole_whatever_their_spelling() -> None:
@@ -31,7 +37,7 @@ def test_about_the_given_share_of_packages_is_held_out_by_name() -> None:
     names = [f"package-{n}" for n in range(400)]
     rows = columns(*((name, f"{name}{part}") for name in names for part in "ab"))
     found = split(rows, validation_share=0.1)
-    held = {name for name, s in zip(rows["repository"], found, strict=True) if s == "validation"}
+    held = {name for name, s in zip(rows.repository, found, strict=True) if s == "validation"}
     assert 25 <= len(held) <= 55
     for index in range(0, len(found), 2):
         assert found[index] == found[index + 1]  # never half a package
@@ -48,14 +54,14 @@ def test_a_text_that_is_held_out_is_never_trained_on() -> None:
     rows = columns(("a", "same"), ("held", "same"), ("b", "same"), ("b", "other"))
     found = split(rows, hold_out=["held"], validation_share=0.0)
     assert found == [None, "validation", None, "train"]
-    assert rows["reason"] == ["duplicate", None, "duplicate", None]
+    assert rows.reason.tolist() == ["duplicate", None, "duplicate", None]
 
 
 def test_of_duplicates_in_training_the_first_stays() -> None:
     rows = columns(("a", None), ("b", "same"), ("a", "same"), ("held", "x"))
     found = split(rows, hold_out=["held"], validation_share=0.0)
     assert found == [None, "train", None, "validation"]
-    assert rows["reason"] == ["too small", None, "duplicate", None]
+    assert rows.reason.tolist() == ["too small", None, "duplicate", None]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
@@ -70,6 +76,12 @@ def test_one_package_is_split_by_file_and_neither_side_is_empty(share: float, n_
 
 def test_a_single_document_is_trained_on() -> None:
     assert split(columns(("only", "1"), ("only", None)), validation_share=1.0) == ["train", None]
+
+
+def test_what_stands_for_a_duplicate() -> None:
+    rows = columns(("a", "same"), ("held", "same"), ("b", "other"), ("b", "same"))
+    corpus = make_recipe(Path("work"), Path("tree"), hold_out=["held"]).corpus
+    assert assign_splits(corpus, rows)[1].tolist() == [1, 1, 2, 1]
 
 
 def test_nothing_kept_and_everything_held_out() -> None:

@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
         ("repository", pa.string()),
         ("path", pa.string()),
         ("language", pa.string()),
+        ("kind", pa.string()),
         ("licence", pa.string()),
         ("n_bytes", pa.int64()),
         ("sha256", pa.string()),

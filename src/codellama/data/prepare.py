@@ -1,8 +1,11 @@
 """Prepare: from the sources that a recipe names to a corpus folder.
 
-sources -> Daft dataframe -> filters -> exact duplicates -> split -> Parquet shards and a manifest.
-It trains no tokenizer and makes no batches. The folder is written beside its final place and then
-renamed, so a corpus that exists is whole; the same inputs give the same bytes.
+    list units -> stage each (locally or on Ray) -> choose what stays -> shuffle into shards
+
+Only the choice looks at all documents at once, and only at their keys and signatures. The folder is
+written beside its final place and then renamed, so a corpus that exists is whole; what was staged
+stays, so an interrupted run goes on where it stopped. The same inputs give the same bytes, whatever
+the number of processes.
 
 In: a `Recipe`. Out: `recipe.corpus_dir`, in the format that `corpus` describes.
 """
@@ -15,57 +18,102 @@ import json
 import os
 import platform
 import sys
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import daft
-import pyarrow as pa
-import pyarrow.parquet as pq
-from daft import DataType, col
+from daft import col
+from daft.exceptions import DaftCoreException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from codellama.artifact import code_version, new_folder, read_manifest, write_manifest
-from codellama.data.corpus import KIND, SPLITS, ShardWriter
-from codellama.data.dedup import normalised_key
-from codellama.data.filters import REASONS, judge_bytes, judge_path
-from codellama.data.sources import Listing, list_sources, read_file
-from codellama.data.split import assign_splits, unit_hash
-from codellama.recipe import Corpus, Filters, Recipe
+from codellama.artifact import new_folder, read_manifest, write_file, write_manifest
+from codellama.data.corpus import KIND, SPLITS
+from codellama.data.data_card import write_card
+from codellama.data.decontaminate import BlockList, build_block_list
+from codellama.data.listing import Listing, list_sources
+from codellama.data.repository import write_repositories
+from codellama.data.selection import Selection, Staged, select, write_signatures
+from codellama.data.shuffle import write_shards
+from codellama.data.staging import Settings, stage_json, stage_unit, staged_key
+from codellama.recipe import Corpus, Recipe, Source
 
-EXAMPLES_PER_REASON = 5
-IN_PROCESS_FILES = 2000  # fewer are done before worker processes have started (2 s)
-BATCH_FILES = 128  # about 1 MB of text: what a worker holds, and how often the bar moves
+IN_PROCESS_BYTES = 8_000_000  # less is done before worker processes have started (2 s)
+ATTEMPTS = 3  # without progress between them: a node of a cluster may go at any time
 
 
-def prepare_corpus(recipe: Recipe) -> Path:
+def prepare_corpus(recipe: Recipe, ray: str | None = None) -> Path:
     """Write the corpus of a recipe and return its folder; a corpus that is up to date is kept.
+
+    ray: address of a Ray cluster whose nodes all see the work folder and the sources; `auto` is the
+    one that runs on this machine. None works in processes of this machine.
 
     Raises:
         ValueError: a source is missing, nothing is left after the filters, or another process
             is writing the same corpus.
         OSError: the corpus could not be written; what was there before is untouched.
     """
-    folder = recipe.corpus_dir
+    folder = recipe.corpus_dir.absolute()
     console = Console(stderr=True)
     with _only_writer(folder):
         with console.status("listing sources …"):
             listing = list_sources(recipe.corpus.sources, recipe.work / "sources")
-        identity = _identity(recipe.corpus, listing)
-        if _is_current(folder, identity):
+        staged_folder = folder.with_name("staged")
+        staged_folder.mkdir(exist_ok=True)
+        settings = _settings(recipe.corpus, staged_folder)
+        staged = _staged(listing, recipe.corpus, settings, staged_folder)
+        state = _state(recipe.corpus, listing, staged)
+        if _is_current(folder, staged_folder, state):
             _say(f"{folder}: up to date, nothing to do")
             return folder
         try:
+            _stage(listing, recipe.corpus, settings, staged, console, ray)
             with new_folder(folder) as partial:
-                manifest = _build(recipe.corpus, listing, partial, console)
-                write_manifest(partial, KIND, **identity, **manifest)
+                manifest = _build(recipe.corpus, listing, staged, settings, partial, console)
+                write_manifest(partial, KIND, **manifest)
+                write_card(partial)
+            if recipe.corpus.repositories:
+                write_repositories(folder, recipe.repositories_dir.absolute())
+            write_file(staged_folder / "current.json", json.dumps(state))
+            _remove_others(staged_folder, staged, settings)
         except OSError as error:
             raise OSError(f"{folder}: could not write the corpus: {error}") from error
-    _report(identity | manifest, folder)
+    _report(manifest, folder)
     return folder
+
+
+def plan_corpus(recipe: Recipe) -> list[dict[str, Any]]:
+    """For each source what `prepare` would read, and what of it was staged before.
+
+    Nothing is fetched and nothing is written; files of remote sources are listed.
+    """
+    listing = list_sources(recipe.corpus.sources, recipe.work / "sources", fetch=False)
+    folder = recipe.corpus_dir.absolute().with_name("staged")
+    settings = _settings(recipe.corpus, folder, build=False)
+    staged = _staged(listing, recipe.corpus, settings, folder)
+    rows: list[dict[str, Any]] = []
+    for source in recipe.corpus.sources:
+        own = [s for s in staged if s.unit.source == source.name]
+        missing = [s for s in own if not s.path.exists()]
+        rows.append(
+            {
+                "source": source.name,
+                "kind": source.kind,
+                "n_units": len(own),
+                "n_bytes": sum(s.unit.n_bytes for s in own),
+                "to_read_bytes": sum(s.unit.n_bytes for s in missing),
+                "n_other_files": listing.n_other[source.name],
+                "unavailable": {
+                    name: why
+                    for name, why in listing.unavailable.items()
+                    if name.split("/")[0] == source.name
+                },
+            }
+        )
+    return rows
 
 
 @contextmanager
@@ -83,227 +131,225 @@ def _only_writer(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _identity(corpus: Corpus, listing: Listing) -> dict[str, Any]:
-    """Everything that decides what the corpus is: equal identities give equal corpora."""
-    digest = hashlib.sha256()
-    for file in listing.files:
-        fields = (file.source, file.repository, file.path, file.licence, file.size, file.crc)
-        digest.update(json.dumps(fields).encode() + b"\n")
+def _settings(corpus: Corpus, folder: Path, build: bool = True) -> Settings:
+    """What decides how documents are examined; the block list is made where it is not there yet."""
+    block_list = ""
+    if corpus.benchmarks:
+        block_list = str(_block_list(corpus, folder, build))
+    return Settings(
+        corpus.filters,
+        corpus.near_duplicates,
+        block_list,
+        bool(corpus.benchmarks and corpus.benchmarks.action == "cut"),
+        corpus.keep_rejects,
+    )
+
+
+def _block_list(corpus: Corpus, folder: Path, build: bool) -> Path:
+    from codellama.data.benchmarks import benchmark_files
+
+    assert corpus.benchmarks
+    digest = hashlib.sha256(corpus.benchmarks.model_dump_json(exclude={"paths"}).encode())
+    for file in benchmark_files(corpus.benchmarks.paths):
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    path = folder / f"benchmarks-{digest.hexdigest()[:16]}.npz"
+    if build and not path.exists():
+        temporary = path.with_suffix(".tmp")
+        build_block_list(corpus.benchmarks).save(temporary)
+        temporary.replace(path)
+    return path
+
+
+def _staged(listing: Listing, corpus: Corpus, settings: Settings, folder: Path) -> list[Staged]:
+    """For each unit the file that it becomes."""
+    sources = {source.name: source for source in corpus.sources}
+    order = {name: number for number, name in enumerate(sources)}
+    return [
+        Staged(
+            folder / f"{staged_key(unit, sources[unit.source], settings)}.parquet",
+            unit,
+            order[unit.source],
+        )
+        for unit in listing.units
+    ]
+
+
+def _state(corpus: Corpus, listing: Listing, staged: list[Staged]) -> dict[str, Any]:
+    """Everything that decides what the corpus is: equal states give equal corpora."""
+    against = {
+        path: read_manifest(Path(path), KIND).get("fingerprint", "") for path in corpus.against
+    }
     return {
-        "python": ".".join(platform.python_version_tuple()[:2]),  # decides what parses
         "config": corpus.model_dump(mode="json"),
-        "inputs": {
-            "n_files": len(listing.files),
-            "sha256": digest.hexdigest(),
-            "archives": sorted(listing.archives),
-            "unavailable": dict(sorted(listing.unavailable.items())),
-        },
+        "unavailable": dict(listing.unavailable),
+        "against": against,
+        "staged": hashlib.sha256("".join(s.path.name for s in staged).encode()).hexdigest(),
     }
 
 
-def _is_current(folder: Path, identity: dict[str, Any]) -> bool:
-    """Whether the folder holds the corpus of this identity, all shards present."""
+def _is_current(folder: Path, staged_folder: Path, state: dict[str, Any]) -> bool:
+    """Whether the folder holds the corpus of this state, all shards present."""
     try:
         manifest = read_manifest(folder, KIND)
-    except ValueError:
+        before = json.loads((staged_folder / "current.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
-    expected = identity | {"code_version": code_version()}
     sizes = {shard["file"]: shard["file_bytes"] for shard in manifest.get("shards", [])}
-    there = {file.name: file.stat().st_size for file in folder.glob("*.parquet")}
-    return sizes == there and all(manifest.get(key) == expected[key] for key in expected)
+    there = {path.name: path.stat().st_size for path in folder.glob("*-*.parquet")}
+    return before == state and sizes == there
 
 
-_EXAMINED = DataType.struct(
-    {
-        "text": DataType.string(),
-        "reason": DataType.string(),
-        "key": DataType.string(),
-        "n_bytes": DataType.int64(),
-        "sha256": DataType.string(),
-    }
-)
-
-
-_STAGED = pa.schema(
-    [("id", pa.int64())]
-    + [(name, pa.large_string()) for name in ("source", "repository", "path", "licence")]
-    + [(name, pa.large_string()) for name in ("text", "reason", "key")]
-    + [("n_bytes", pa.int64()), ("sha256", pa.large_string())]
-)
-
-
-def _examine(
-    path: str, licence: str, location: bytes, member: str, size: int, filters: Filters
-) -> dict[str, Any]:
-    """One row of the corpus, or the reason why there is none; runs in Daft's workers."""
-    text, content = None, b""
-    reason = judge_path(path, licence, filters)
-    if not reason and size > filters.max_bytes:
-        reason = "too large"
-    if not reason:
-        try:
-            content = read_file(location, member, filters.max_bytes)
-        except OSError:
-            reason = "unreadable"
-    if not reason:
-        verdict = judge_bytes(content, filters)
-        text, reason = verdict.text, verdict.reason
-    key = sha256 = None
-    if text is not None:
-        content = text.encode()
-        key, sha256 = normalised_key(text), hashlib.sha256(content).hexdigest()
-    return {
-        "text": text,
-        "reason": reason,
-        "key": key,
-        "n_bytes": len(content) if text is not None else 0,
-        "sha256": sha256,
-    }
-
-
-def _build(corpus: Corpus, listing: Listing, folder: Path, console: Console) -> dict[str, Any]:
-    """Write shards into the folder and return what the manifest says about them."""
-    if not listing.files:
-        missing = ", ".join(listing.unavailable) or "nothing"
-        raise ValueError(
-            f"the corpus is empty: no Python files in its sources (not available: {missing})"
-        )
-    # Texts pass through a file, so that duplicates are found on their keys alone.
-    staged = folder / "staged.parquet"
-    columns = ("source", "repository", "path", "licence", "n_bytes", "reason", "key", "sha256")
-    small: dict[str, list[Any]] = {name: [] for name in columns}
+def _stage(
+    listing: Listing,
+    corpus: Corpus,
+    settings: Settings,
+    staged: list[Staged],
+    console: Console,
+    ray: str | None,
+) -> None:
+    """Make the staged files that are missing; those that were made survive an interruption."""
+    sources = {source.name: source for source in corpus.sources}
     with _progress(console) as progress:
-        task = progress.add_task("reading and filtering", total=len(listing.files))
-        for table in _stage(listing, corpus.filters, staged):
-            for name in columns:
-                small[name] += table.column(name).to_pylist()
-            progress.advance(task, table.num_rows)
-    split = assign_splits(corpus, small)
-    kept = [index for index, name in enumerate(split) if name is not None]
-    drops = _drop_counts(small)
-    if not kept:
-        counts = ", ".join(f"{reason}: {drop['n']}" for reason, drop in drops.items())
-        n_files = len(listing.files)
-        raise ValueError(f"the corpus is empty: of {n_files} files none was kept ({counts or '-'})")
-    if "train" not in split:
-        raise ValueError("corpus.hold_out names every package: nothing is left to train on")
-    shards = _write_shards(staged, kept, split, small, corpus.seed, folder, console)
-    staged.unlink()
-    return _contents(small, split, drops, shards)
+        task = progress.add_task("reading and filtering", total=len(staged))
+        failures, error = 0, None
+        while missing := list({s.path: s for s in staged if not s.path.exists()}.values()):
+            if failures >= ATTEMPTS:
+                raise OSError(f"{len(missing)} units could not be staged: {error}")
+            progress.update(task, completed=len(staged) - len(missing))
+            try:
+                for _ in _run(missing, sources, settings, ray):
+                    progress.advance(task)
+            except (RuntimeError, DaftCoreException) as failure:
+                # A worker or a node died. What it had finished is there.
+                error = failure
+            n_left = sum(not s.path.exists() for s in missing)
+            failures = 0 if n_left < len(missing) else failures + 1
 
 
-def _stage(listing: Listing, filters: Filters, staged: Path) -> Iterator[pa.Table]:
-    """Examine all files, write the rows to a Parquet file, and yield them batch by batch."""
-    fields = ("source", "repository", "path", "licence", "location", "member", "size")
+def _run(
+    missing: list[Staged], sources: dict[str, Source], settings: Settings, ray: str | None
+) -> Iterator[None]:
+    """Stage units, in this process if it is little, else wherever Daft does."""
+    if not ray and sum(s.unit.n_bytes for s in missing) < IN_PROCESS_BYTES:
+        for s in missing:
+            stage_unit(s.unit, sources[s.unit.source], settings, s.path.parent, s.path.stem)
+            yield
+        return
+    if ray:
+        _connect(ray)
+    # Large units first: the last one decides when all are done.
+    missing = sorted(missing, key=lambda s: -s.unit.n_bytes)
     frame = daft.from_pydict(
-        {"id": list(range(len(listing.files)))}
-        | {name: [getattr(file, name) for file in listing.files] for name in fields}
+        {
+            "unit": [json.dumps(asdict(s.unit)) for s in missing],
+            "source": [sources[s.unit.source].model_dump_json() for s in missing],
+            "key": [s.path.stem for s in missing],
+        }
     )
-    in_workers = len(listing.files) >= IN_PROCESS_FILES
-    examine = daft.func(_examine, return_dtype=_EXAMINED, unnest=True, use_process=in_workers)
-    inputs = [col(name) for name in ("path", "licence", "location", "member", "size")]
-    examined: Any = examine(*inputs, filters)
-    kept_columns = [col(name) for name in ("id", "source", "repository", "path", "licence")]
-    rows = frame.into_batches(BATCH_FILES).select(*kept_columns, examined)
-    expected = 0
-    with pq.ParquetWriter(staged, _STAGED, compression="zstd", compression_level=1) as writer:
-        for batch in rows.to_arrow_iter():
-            table = pa.Table.from_batches([batch]).cast(_STAGED)
-            assert table.column("id")[0].as_py() == expected, "Daft keeps the order of rows"
-            expected += table.num_rows
-            writer.write_table(table)
-            yield table
+    frame = frame.into_partitions(len(missing)) if ray else frame.into_batches(1)
+    stage = daft.func(stage_json, return_dtype=daft.DataType.string(), use_process=not ray)
+    arguments = (settings.to_json(), str(missing[0].path.parent))
+    done: Any = stage(col("unit"), col("source"), *arguments, col("key"))
+    for _ in frame.select(done.alias("key")).to_arrow_iter():
+        yield
 
 
-def _write_shards(
-    staged: Path,
-    kept: list[int],
-    split: list[str | None],
-    rows: dict[str, list[Any]],
-    seed: int,
+def _connect(address: str) -> None:
+    """Let Daft run on a Ray cluster.
+
+    Raises:
+        ValueError: Ray is not installed, or no cluster answers there.
+    """
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError("--ray: Ray is not installed; install codellama[ray]") from None
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except (ConnectionError, RuntimeError) as error:
+            raise ValueError(f"--ray {address}: no cluster answers: {error}") from None
+    daft.set_runner_ray(noop_if_initialized=True)
+
+
+def _build(
+    corpus: Corpus,
+    listing: Listing,
+    staged: list[Staged],
+    settings: Settings,
     folder: Path,
     console: Console,
-) -> list[dict[str, Any]]:
-    """Write kept documents in an order mixed by their hash, for readers that go in order."""
-    order = [f"{unit_hash(seed, rows['sha256'][index]):.17f}" for index in kept]
-    chosen = daft.from_pydict(
-        {"id": kept, "split": [split[index] for index in kept], "order": order}
-    )
-    names = ("text", "source", "repository", "path", "licence", "n_bytes", "sha256")
-    documents = (
-        daft.read_parquet(str(staged))
-        .select("id", *names)
-        .join(chosen, on="id")
-        .sort(["split", "order", "id"])
-    )
-    writers = {name: ShardWriter(folder, name) for name in SPLITS}
+) -> dict[str, Any]:
+    """Write shards and signatures into the folder and return what the manifest says of it all."""
+    if not listing.units:
+        missing = ", ".join(listing.unavailable) or "nothing"
+        raise ValueError(
+            f"the corpus is empty: no wanted files in its sources (not available: {missing})"
+        )
+    with console.status("looking for duplicates …"):
+        selection = select(corpus, staged, folder)
+    drops = selection.drop_counts()
+    if not selection.n_kept:
+        counts = ", ".join(f"{reason}: {drop['n']}" for reason, drop in drops.items())
+        n_files = selection.n_rows
+        raise ValueError(f"the corpus is empty: of {n_files} files none was kept ({counts or '-'})")
+    if not selection.n_train:
+        raise ValueError("corpus.hold_out names every package: nothing is left to train on")
     with _progress(console) as progress:
-        task = progress.add_task("writing shards", total=len(kept))
-        for batch in documents.exclude("id", "order").to_arrow_iter():
-            for row in batch.to_pylist():
-                writers[row["split"]].add({**row, "language": "python"})
-            progress.advance(task, batch.num_rows)
-    for writer in writers.values():
-        writer.close()
-    return [shard for writer in writers.values() for shard in writer.shards]
-
-
-def _drop_counts(rows: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
-    """How many files each reason dropped, in the order of the filters, with a few examples."""
-    paths: dict[str, list[str]] = defaultdict(list)
-    for index, reason in enumerate(rows["reason"]):
-        if reason is not None:
-            paths[reason].append(f"{rows['repository'][index]}/{rows['path'][index]}")
-    return {
-        # Spread over the list, for neighbours in it are alike.
-        reason: {"n": len(found), "examples": found[:: -(-len(found) // EXAMPLES_PER_REASON)]}
-        for reason in REASONS
-        if (found := paths[reason])
-    }
+        task = progress.add_task("writing shards", total=selection.n_rows)
+        shards = write_shards(
+            selection.parts,
+            selection.kept_bytes,
+            folder,
+            lambda n_rows: progress.advance(task, n_rows),
+        )
+    write_signatures(selection, folder)
+    return _contents(corpus, listing, settings, selection, drops, shards)
 
 
 def _contents(
-    rows: dict[str, list[Any]],
-    split: list[str | None],
-    drops: dict[str, dict[str, Any]],
+    corpus: Corpus,
+    listing: Listing,
+    settings: Settings,
+    selection: Selection,
+    drops: dict[str, Any],
     shards: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The manifest's part on the result: counts, shards, and a fingerprint over the shards."""
-    n_listed = Counter(rows["source"])
-    documents: dict[str, Counter[str]] = defaultdict(Counter)
-    n_bytes: dict[str, Counter[str]] = defaultdict(Counter)
-    for index, name in enumerate(split):
-        if name is None:
-            continue
-        for group in ("split", "source", "licence"):
-            value = name if group == "split" else rows[group][index]
-            documents[group][value] += 1
-            n_bytes[group][value] += rows["n_bytes"][index]
-
-    def table(group: str) -> dict[str, dict[str, int]]:
-        return {
-            value: {"n_documents": documents[group][value], "n_bytes": n_bytes[group][value]}
-            for value in sorted(documents[group])
-        }
-
-    held_out = {rows["repository"][i] for i, name in enumerate(split) if name == "validation"}
-    packages = {rows["repository"][i] for i, name in enumerate(split) if name == "train"}
+    """The manifest: what went in, counts, shards, and a fingerprint over the shards."""
     fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode())
-    return {
-        "n_documents": {name: documents["split"][name] for name in SPLITS},
-        "n_bytes": {name: n_bytes["split"][name] for name in SPLITS},
-        "held_out_by": "document" if held_out & packages else "package",
-        "held_out": sorted(held_out),
-        "sources": {
-            name: {"n_files": n_listed[name]}
-            | table("source").get(name, {"n_documents": 0, "n_bytes": 0})
-            for name in sorted(n_listed)
+    manifest = {
+        "python": ".".join(platform.python_version_tuple()[:2]),  # decides what parses
+        "config": corpus.model_dump(mode="json"),
+        "inputs": {
+            "n_files": selection.n_rows,
+            "sha256": selection.inputs_digest(),
+            "archives": sorted(listing.archives),
+            "unavailable": dict(sorted(listing.unavailable.items())),
+            "n_other_files": {
+                source.name: listing.n_other[source.name] + selection.n_other[source.name]
+                for source in corpus.sources
+            },
         },
-        "licences": table("licence"),
+        **selection.counts(),
         "dropped": drops,
         "shards": shards,
         "fingerprint": fingerprint.hexdigest(),
     }
+    if settings.block_list:
+        known = BlockList.load(Path(settings.block_list)).benchmarks
+        hits = selection.benchmark_hits()
+        manifest["benchmarks"] = {
+            name: facts | {"n_documents_hit": hits.get(name, 0)} for name, facts in known.items()
+        }
+    return manifest
+
+
+def _remove_others(folder: Path, staged: list[Staged], settings: Settings) -> None:
+    """Delete staged files that belong to nothing any more."""
+    wanted = {s.path.name for s in staged} | {Path(settings.block_list).name, "current.json"}
+    for path in folder.iterdir():
+        if path.name not in wanted:
+            path.unlink()
 
 
 def _progress(console: Console) -> Progress:

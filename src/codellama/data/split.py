@@ -1,55 +1,107 @@
-"""The split: which documents are trained on, which are held out, and which are duplicates.
+"""The choice: which examined documents are trained on, which are held out, which are duplicates.
 
-Whole packages are held out, for files of one package resemble each other. It decides on names and
-hashes alone and never sees a text.
+Whole packages are held out, for files of one package resemble each other. It decides on names,
+hashes and signatures alone and never sees a text.
 
-In: columns of the examined files. Out: `train`, `validation` or None for each.
+In: the columns of the examined files, in the order of the sources and then by repository and path.
+Out: for each row `train`, `validation` or None, and the row that stands for it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from dataclasses import dataclass
 
-import daft
-from daft import col
+import numpy as np
 
-from codellama.data.dedup import mark_duplicates
-from codellama.data.sources import normalised_name
+from codellama.data.dedup import is_duplicate
+from codellama.data.near_dedup import representatives
+from codellama.data.wheels import normalised_name
 from codellama.recipe import Corpus
 
+DROPPED, TRAIN, VALIDATION = -1, 0, 1
 
-def assign_splits(corpus: Corpus, rows: dict[str, list[Any]]) -> list[str | None]:
-    """Decide `train`, `validation` or None (dropped) for each row, and mark duplicates as such.
 
-    Whole packages are held out. Of documents with equal normalised text one stays: the one of a
-    held-out package first, so that what is validated on is never trained on, then the one of the
-    earlier source. Without any held-out document, single documents are held out by their hash.
-    rows: columns `repository`, `reason`, `key`, `sha256`; reasons of duplicates are filled in.
+@dataclass
+class Rows:
+    """What the choice looks at; every array has one item a row."""
+
+    source: np.ndarray
+    """Place of the source in the recipe."""
+    repository: np.ndarray  # object: str
+    reason: np.ndarray  # object: str or None; reasons of duplicates are filled in
+    key: np.ndarray  # V16
+    sha256: np.ndarray  # object: bytes
+    n_bytes: np.ndarray  # int64
+    place: np.ndarray
+    """Where each row's signature stands."""
+
+
+@dataclass
+class Fixed:
+    """Documents of other corpora, which none of this one may repeat; signatures come first."""
+
+    key: np.ndarray  # V16
+    n_bytes: np.ndarray
+
+
+def assign_splits(
+    corpus: Corpus, rows: Rows, signatures: np.ndarray | None = None, fixed: Fixed | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decide the split of each row, mark duplicates, and name the row that stands for each.
+
+    Of documents with equal normalised text one stays, and of those that are near duplicates: the
+    one of a held-out package first, so that nothing like what is validated on is trained on; then
+    the one of the earlier source; then of near duplicates the longest; then the first by name.
+    Without any held-out document, single documents are held out by their hash.
+
+    Returns: splits [n] of DROPPED, TRAIN or VALIDATION; representatives [n], -1 for those of other
+    corpora.
     """
-    held = {name: _is_held_out(corpus, name) for name in set(rows["repository"])}
-    n_rows = len(rows["reason"])
-    ids = [index for index in range(n_rows) if rows["reason"][index] is None]
-    if not ids:
-        return [None] * n_rows
-    order = [index + (0 if held[rows["repository"][index]] else n_rows) for index in ids]
-    frame = daft.from_pydict({"id": ids, "order": order, "key": [rows["key"][i] for i in ids]})
-    marked = mark_duplicates(frame).where(col("is_duplicate")).select("id").to_pydict()
-    split: list[str | None] = [None] * n_rows
-    for index in ids:
-        split[index] = "validation" if held[rows["repository"][index]] else "train"
-    for index in marked["id"]:
-        split[index], rows["reason"][index] = None, "duplicate"
+    names, inverse = np.unique(rows.repository, return_inverse=True)
+    held = np.array([_is_held_out(corpus, str(name)) for name in names], bool)[inverse]
+    n_rows = len(rows.reason)
+    stands_for = np.arange(n_rows)
+    candidates = np.flatnonzero([reason is None for reason in rows.reason])
+    order = candidates[np.lexsort((candidates, rows.source[candidates], ~held[candidates]))]
+    n_fixed = len(fixed.key) if fixed else 0
+    keys = np.concatenate([fixed.key, rows.key[order]]) if fixed else rows.key[order]
+    twice = is_duplicate(keys)[n_fixed:]
+    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+    original = first[which][n_fixed:] - n_fixed
+    stands_for[order] = np.where(original >= 0, order[np.maximum(original, 0)], -1)
+    rows.reason[order[twice]] = "duplicate"
+    order = order[~twice]
+    if signatures is not None and corpus.near_duplicates and len(order):
+        group = np.where(held[order], 0, 1 + len(corpus.sources)) + rows.source[order]
+        place, n_bytes = rows.place[order], rows.n_bytes[order]
+        if fixed:
+            group = np.r_[np.full(n_fixed, -1), group]
+            place = np.r_[np.arange(n_fixed), place]
+            n_bytes = np.r_[fixed.n_bytes, n_bytes]
+        chosen = representatives(
+            signatures, group, n_bytes, corpus.near_duplicates, n_fixed, place
+        )[n_fixed:]
+        alike = chosen != np.arange(n_fixed, n_fixed + len(order))
+        rows.reason[order[alike]] = "near duplicate"
+        stands_for[order] = np.where(chosen >= n_fixed, order[np.maximum(chosen - n_fixed, 0)], -1)
+        order = order[~alike]
+    # What stands for a duplicate may itself have been near another.
+    stands_for = np.where(stands_for >= 0, stands_for[np.maximum(stands_for, 0)], -1)
+    split = np.full(n_rows, DROPPED, np.int8)
+    split[order] = np.where(held[order], VALIDATION, TRAIN)
+    _hold_out_documents(corpus, rows, split, np.sort(order))
+    return split, stands_for
+
+
+def _hold_out_documents(corpus: Corpus, rows: Rows, split: np.ndarray, kept: np.ndarray) -> None:
+    """Hold out single documents where one of the splits would be empty: too few packages."""
     named = {normalised_name(name) for name in corpus.hold_out}
-    kept = [index for index in ids if split[index]]
-    free = [i for i in kept if normalised_name(rows["repository"][i]) not in named]
-    if free and len({split[index] for index in kept}) == 1:
-        # Too few packages: one split would be empty, so single documents are held out instead.
-        free.sort(key=lambda index: unit_hash(corpus.seed, rows["sha256"][index]))
+    free = [int(i) for i in kept if normalised_name(str(rows.repository[i])) not in named]
+    if free and len(np.unique(split[kept])) == 1:
+        free.sort(key=lambda index: unit_hash(corpus.seed, rows.sha256[index].hex()))
         n_held = min(max(1, round(corpus.validation_share * len(free))), len(free) - 1)
-        for rank, index in enumerate(free):
-            split[index] = "validation" if rank < n_held else "train"
-    return split
+        split[free] = [VALIDATION if rank < n_held else TRAIN for rank in range(len(free))]
 
 
 def _is_held_out(corpus: Corpus, repository: str) -> bool:

@@ -1,0 +1,334 @@
+"""Containers: the documents inside archives, git repositories and tables, one after another.
+
+Everything is read as a stream and nothing is extracted to disk, so that a path in an archive is
+only a label. No container is trusted: members are read up to a limit whatever their headers say,
+what unpacks to far more than it was is left off, and damage ends one container and nothing else.
+What cannot be read is handed on with its reason, to be counted.
+
+In: an open binary file, local or remote. Out: `RawDocument` records.
+"""
+
+from __future__ import annotations
+
+import bz2
+import email
+import gzip
+import io
+import json
+import lzma
+import os
+import subprocess
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from email.message import Message
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from codellama.data.licences import LICENCE_FILE, licence_of_metadata
+from codellama.recipe import Source
+
+MAX_RATIO = 200  # unpacked to packed; source code reaches 20, and gzip cannot exceed 1032
+FREE_BYTES = 256_000_000  # may be unpacked whatever the ratio
+LICENCE_BYTES = 1_000_000
+PROJECT_FILES = ("METADATA", "PKG-INFO")
+
+Damage = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError)
+Damage += (NotImplementedError, RuntimeError, ValueError, OverflowError, pa.ArrowException)
+# RuntimeError: an encrypted member. ValueError: Daft's for remote files, and broken headers.
+
+
+@dataclass(slots=True)
+class RawDocument:
+    """One file or row of a container: its bytes, or the reason why there are none."""
+
+    path: str
+    content: bytes = b""
+    reason: str | None = None
+    detail: str = ""
+    repository: str | None = None
+    licence: str | None = None
+    language: str | None = None
+
+
+class BombError(OSError):
+    """A container unpacks to far more than its size."""
+
+
+Wanted = Callable[[str], bool]
+
+
+def read_archive(
+    file: BinaryIO, name: str, wanted: Wanted, max_bytes: int
+) -> Iterator[RawDocument]:
+    """The wanted members of a zip or (compressed) tar file, with the licence that it declares.
+
+    max_bytes: of a member are read, one more to show that it is larger.
+    """
+    if name.lower().endswith((".zip", ".whl", ".egg", ".jar")):
+        return _zip(file, name, wanted, max_bytes)
+    return _tar(file, name, wanted, max_bytes)
+
+
+def _zip(file: BinaryIO, name: str, wanted: Wanted, max_bytes: int) -> Iterator[RawDocument]:
+    try:
+        archive = zipfile.ZipFile(file)
+        size = file.seek(0, os.SEEK_END)
+        members = sorted(archive.infolist(), key=lambda info: info.filename)
+        evidence = _Evidence()
+        for info in members:
+            if evidence.is_about(info.filename) and info.file_size <= LICENCE_BYTES:
+                with archive.open(info) as member:
+                    evidence.add(info.filename, member.read(LICENCE_BYTES))
+    except Damage as error:
+        yield RawDocument(name, reason="damaged archive", detail=_plain(error))
+        return
+    licence, n_bytes = evidence.licence(), 0
+    for info in members:
+        if info.is_dir() or not wanted(info.filename):
+            continue
+        document = RawDocument(info.filename, licence=licence)
+        if info.file_size > max_bytes:
+            document.reason = "too large"
+        else:
+            try:
+                with archive.open(info) as member:
+                    document.content = member.read(max_bytes + 1)
+            except Damage as error:
+                document.reason, document.detail = "unreadable", _plain(error)
+        yield document
+        n_bytes += len(document.content)
+        if n_bytes > max(FREE_BYTES, MAX_RATIO * size):  # members may overlap
+            yield RawDocument(name, reason="archive bomb")
+            return
+
+
+def _tar(file: BinaryIO, name: str, wanted: Wanted, max_bytes: int) -> Iterator[RawDocument]:
+    # Read twice: the licence may stand behind the files that it is for.
+    evidence = _Evidence()
+    try:
+        for member, content in _members(file, name, evidence.is_about, LICENCE_BYTES):
+            evidence.add(member.name, content)
+    except Damage:  # said below
+        pass
+    file.seek(0)
+    licence = evidence.licence()
+    try:
+        for member, content in _members(file, name, wanted, max_bytes):
+            yield RawDocument(member.name, content, licence=licence)
+    except BombError:
+        yield RawDocument(name, reason="archive bomb")
+    except Damage as error:
+        yield RawDocument(name, reason="damaged archive", detail=_plain(error))
+
+
+def _members(
+    file: BinaryIO, name: str, wanted: Wanted, max_bytes: int
+) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """Regular wanted members, in their order; links and devices are passed over."""
+    stream = Limited(unpacked(file, name), file)
+    with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r|") as archive:
+        for member in archive:
+            if member.isreg() and wanted(member.name):
+                content = archive.extractfile(member)
+                yield member, content.read(max_bytes + 1) if content else b""
+            cast(Any, archive).members = []  # it would keep all of them
+    while stream.read(1 << 20):  # a checksum stands at the end
+        pass
+    if len(stream.tail) < 512 or stream.tail.strip(b"\0"):
+        raise tarfile.ReadError("ends without the mark of its end")
+
+
+class _Evidence:
+    """What an archive says about its licence: licence files and a project's metadata at the top."""
+
+    def __init__(self) -> None:
+        self._headers: Message = email.message_from_string("")
+        self._texts: list[str] = []
+
+    def is_about(self, path: str) -> bool:
+        folder, _, name = path.removeprefix("./").rpartition("/")
+        if ".dist-info" in folder:  # also METADATA and licenses/ of a wheel
+            return name in PROJECT_FILES or bool(LICENCE_FILE.fullmatch(name))
+        at_top = folder.count("/") == 0
+        return at_top and (name == "PKG-INFO" or bool(LICENCE_FILE.fullmatch(name)))
+
+    def add(self, path: str, content: bytes) -> None:
+        if path.endswith(PROJECT_FILES):
+            self._headers = email.message_from_bytes(content)
+        else:
+            self._texts.append(content.decode("utf-8", "replace"))
+
+    def licence(self) -> str:
+        return licence_of_metadata(self._headers, self._texts)
+
+
+class Limited(io.RawIOBase):
+    """A stream of unpacked bytes that ends with an error where the packed ones were too few."""
+
+    def __init__(self, stream: Any, packed: BinaryIO) -> None:
+        self._stream, self._packed, self._n_bytes = stream, packed, 0
+        self.tail = b""
+        """The last bytes that were read."""
+
+    def readable(self) -> bool:
+        """True; what `io` asks of a stream."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer as far as one read does.
+
+        Raises:
+            BombError: far more was unpacked than read.
+        """
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self._n_bytes += len(data)
+        self.tail = (self.tail + data[-512:])[-512:]
+        if self._n_bytes > FREE_BYTES and self._n_bytes > MAX_RATIO * self._packed.tell():
+            raise BombError("unpacks to far more than its size")
+        return len(data)
+
+
+class _KeptOpen(io.RawIOBase):
+    """A file that is not closed by who reads it: Arrow closes what it was given."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = cast(io.BufferedReader, file)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._file.readinto(buffer)
+
+
+def unpacked(file: BinaryIO, name: str) -> Any:
+    """A stream of the bytes that a file's ending says are compressed in it."""
+    ending = name.lower().rpartition(".")[2]
+    if ending in ("gz", "tgz"):
+        return gzip.GzipFile(fileobj=file)
+    if ending in ("zst", "tzst", "zstd"):
+        return pa.CompressedInputStream(pa.PythonFile(_KeptOpen(file), "r"), "zstd")
+    if ending in ("bz2", "tbz2"):
+        return bz2.BZ2File(file)
+    if ending in ("xz", "txz"):
+        return lzma.LZMAFile(file)
+    return file
+
+
+def read_git(folder: str, files: list[tuple[str, str]], max_bytes: int) -> Iterator[RawDocument]:
+    """Files of a git repository as (path, blob id), out of its object store.
+
+    No hook runs and nothing is fetched: only `git cat-file` is called.
+    """
+    command = ["git", "-C", folder, "cat-file", "--batch"]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | GIT_ENVIRONMENT,
+    )
+    assert process.stdin
+    assert process.stdout
+    with process:
+        for path, blob in files:
+            try:
+                process.stdin.write(blob.encode() + b"\n")
+                process.stdin.flush()
+            except BrokenPipeError:
+                pass  # read as an empty answer
+            fields = process.stdout.readline().split()
+            if len(fields) != 3:
+                yield RawDocument(path, reason="unreadable", detail="no such object")
+                continue
+            size = int(fields[2])
+            content = process.stdout.read(min(size, max_bytes + 1))
+            rest = size + 1 - len(content)  # a line end follows
+            while rest > 0 and (passed := process.stdout.read(min(rest, 1 << 20))):
+                rest -= len(passed)
+            yield RawDocument(path, content)
+
+
+GIT_ENVIRONMENT = {"GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+
+
+def read_table(file: BinaryIO, name: str, source: Source, max_bytes: int) -> Iterator[RawDocument]:
+    """The rows of a Parquet or JSON lines file as documents."""
+    rows = _parquet_rows if source.kind == "parquet" else _json_rows
+    wanted = {
+        field: [columns] if isinstance(columns, str) else list(columns)
+        for field, columns in source.columns.items()
+    }
+    try:
+        for number, row in enumerate(rows(file, name, wanted, max_bytes)):
+            path = f"{name}#{number}"
+            if isinstance(row, RawDocument):
+                row.path = path
+                yield row
+                continue
+            values = {
+                field: "\n\n".join(str(row[column]) for column in columns if row.get(column))
+                for field, columns in wanted.items()
+            }
+            absent = [column for column in wanted["text"] if column not in row]
+            if absent or not all(isinstance(row[c], str | None) for c in wanted["text"]):
+                detail = f"{absent[0]} is missing" if absent else "text is no string"
+                yield RawDocument(path, reason="missing column", detail=detail)
+                continue
+            yield RawDocument(
+                values.get("path") or path,
+                values["text"].encode("utf-8", "surrogatepass"),
+                repository=values.get("repository") or None,
+                licence=values.get("licence") or None,
+                language=(values.get("language") or "").lower() or None,
+            )
+    except KeyError as error:
+        yield RawDocument(name, reason="missing column", detail=str(error.args[0]))
+    except BombError:
+        yield RawDocument(name, reason="archive bomb")
+    except Damage as error:
+        yield RawDocument(name, reason="damaged archive", detail=_plain(error))
+
+
+def _parquet_rows(
+    file: BinaryIO, _name: str, wanted: dict[str, list[str]], _max_bytes: int
+) -> Iterator[dict[str, Any]]:
+    table = pq.ParquetFile(file)
+    columns = list(dict.fromkeys(name for names in wanted.values() for name in names))
+    if absent := [name for name in columns if name not in table.schema_arrow.names]:
+        raise KeyError(f"{absent[0]}; the file has {', '.join(table.schema_arrow.names[:20])}")
+    for batch in table.iter_batches(batch_size=64, columns=columns):
+        yield from batch.to_pylist()
+
+
+def _json_rows(
+    file: BinaryIO, name: str, _wanted: dict[str, list[str]], max_bytes: int
+) -> Iterator[dict[str, Any] | RawDocument]:
+    stream = io.BufferedReader(Limited(unpacked(file, name), file), 1 << 20)
+    limit = 6 * max_bytes + 65_536  # a character can be written as \u0000; other columns
+    while line := stream.readline(limit):
+        if len(line) == limit and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(1 << 20)
+            yield RawDocument(name, reason="too large")
+            continue
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield RawDocument(name, reason="damaged row", detail=_plain(error))
+            continue
+        yield row if isinstance(row, dict) else RawDocument(name, reason="damaged row")
+
+
+def _plain(error: BaseException) -> str:
+    """What went wrong in one short line, without names of this machine."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.splitlines() or [""])[0][:120] or type(error).__name__

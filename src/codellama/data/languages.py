@@ -1,0 +1,140 @@
+"""Languages: which one a file is written in, by its name or its first line.
+
+The list is Pygments' (some 400 languages with their file names), read through its public table;
+here is only what that table leaves open: names that several languages claim, interpreters with
+another name than their language, and which of the names stand for prose or for data.
+
+In: a path and the first bytes of a file. Out: Pygments' short name in lower case, such as `python`,
+`cpp`, `typescript`, `markdown`, or None.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Literal
+
+Kind = Literal["code", "code-text", "text"]
+"""Code, text about code, natural language: the three data sets of the paper's Table 1."""
+
+PROSE = frozenset({"markdown", "restructuredtext", "asciidoc", "org", "text", "tex", "notebook"})
+DATA = frozenset(
+    {"json", "jsonld", "json-object", "json5", "yaml", "toml", "ini", "xml", "csv", "diff"}
+    | {"properties", "registry", "gettext", "pot", "svg", "output", "desktop", "systemd", "turtle"}
+)
+"""Names of data and settings; a source that wants every language does not get these."""
+
+# Endings that Pygments gives to several languages, and some common ones that it does not list.
+_ENDINGS = {
+    ".adoc": "asciidoc",
+    ".asciidoc": "asciidoc",
+    ".asm": "nasm",
+    ".cc": "cpp",
+    ".cfg": "ini",
+    ".cl": "common-lisp",
+    ".cls": "tex",
+    ".cs": "csharp",
+    ".ex": "elixir",
+    ".fs": "fsharp",
+    ".frag": "glsl",
+    ".gd": "gdscript",
+    ".glsl": "glsl",
+    ".h": "c",
+    ".htm": "html",
+    ".html": "html",
+    ".inc": "php",
+    ".ipynb": "notebook",
+    ".l": "lex",
+    ".lisp": "common-lisp",
+    ".lock": "toml",
+    ".m": "objective-c",
+    ".m4": "m4",
+    ".mm": "objective-c++",
+    ".ml": "ocaml",
+    ".mod": "modula2",
+    ".org": "org",
+    ".pl": "perl",
+    ".pm": "perl",
+    ".pp": "puppet",
+    ".pro": "prolog",
+    ".pyi": "python-stub",
+    ".bzl": "starlark",
+    ".r": "r",
+    ".rst": "restructuredtext",
+    ".s": "gas",
+    ".sc": "scala",
+    ".sql": "sql",
+    ".svelte": "svelte",
+    ".svg": "svg",
+    ".t": "perl",
+    ".ts": "typescript",
+    ".tsx": "typescript",
+    ".txt": "text",
+    ".v": "verilog",
+    ".vert": "glsl",
+    ".xsl": "xslt",
+}
+_INTERPRETERS = {"node": "javascript", "nodejs": "javascript", "deno": "typescript", "gawk": "awk"}
+_INTERPRETERS |= {"dash": "bash", "ksh": "bash", "ash": "bash", "wish": "tcl", "tclsh": "tcl"}
+_INTERPRETERS |= {"rscript": "r", "pypy": "python", "escript": "erlang", "runhaskell": "haskell"}
+
+
+def language_of(path: str, head: bytes = b"") -> str | None:
+    """The language of a file; the first line decides only where the name says nothing."""
+    name = path.rsplit("/", 1)[-1]
+    stem, dot, ending = name.rpartition(".")
+    if not dot or not stem:
+        return _table().get(name.lower()) or _of_shebang(head)
+    if found := _table().get(name.lower()) or _ENDINGS.get(f".{ending.lower()}"):
+        return found
+    table = _table()
+    return table.get(f".{ending}") or table.get(f".{ending.lower()}") or _of_shebang(head)
+
+
+def kind_of(language: str) -> Kind:
+    """What a file of this language is among source code: code, or text about it."""
+    return "code-text" if language in PROSE else "code"
+
+
+def is_known(name: str) -> bool:
+    """Whether some file can have this language."""
+    return name in _names()
+
+
+def _of_shebang(head: bytes) -> str | None:
+    if not head.startswith(b"#!"):
+        return None
+    words = head[2:200].split(b"\n")[0].decode("ascii", "replace").split()
+    if words and words[0].endswith("/env"):  # behind it may stand options and variables
+        words = [word for word in words[1:] if word[0] != "-" and "=" not in word]
+    name = words[0].rsplit("/", 1)[-1].lower() if words else ""
+    name = re.sub(r"[\d.]+$", "", name)  # python3.11
+    name = _INTERPRETERS.get(name, name)
+    return _table().get(f"#!{name}")
+
+
+@lru_cache(maxsize=1)
+def _table() -> dict[str, str]:
+    """`.ending`, whole file name or `#!interpreter` -> language."""
+    from pygments.lexers import get_all_lexers
+
+    table = {"readme": "text"}
+    for _, aliases, patterns, _ in get_all_lexers(plugins=False):
+        if not aliases or ("+" in aliases[0] and aliases[0] not in ("c++", "objective-c++")):
+            continue  # templates inside another language, such as html+django
+        language = "bash" if aliases[0] == "sh" else aliases[0].lower()
+        for alias in aliases:
+            table.setdefault(f"#!{alias.lower()}", language)
+        for pattern in patterns:
+            if "[" in pattern or "?" in pattern:
+                continue
+            key = pattern.removeprefix("*")
+            if "*" not in key:
+                # The table is in the order of names; the plain language comes before dialects.
+                table.setdefault(key if key.startswith(".") else key.lower(), language)
+    return table
+
+
+@lru_cache(maxsize=1)
+def _names() -> frozenset[str]:
+    return frozenset(_table().values()) | frozenset(_ENDINGS.values())

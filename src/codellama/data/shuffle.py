@@ -1,0 +1,132 @@
+"""Shuffling: the kept documents of many files into shards, in the order of their hashes.
+
+Readers that go in order then meet all sources evenly. The texts pass through buckets on disk, each
+of a range of hashes and small enough to be sorted in memory, so that memory does not grow with the
+corpus.
+
+In: staged files and, for each row, its split and hash. Out: shards in a corpus folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+
+from codellama.data.corpus import SCHEMA, SPLITS, ShardWriter
+
+pc: Any = pyarrow.compute  # its functions are made at import, unknown to type checkers
+BUCKET_BYTES = 128_000_000  # of text; sorting one takes twice this
+BUFFER_BYTES = 256_000_000  # of text, for all buckets together
+FIELDS = ("repository", "path", "language", "kind", "licence", "n_bytes", "sha256", "text")
+
+
+class Part(NamedTuple):
+    """What is kept of one staged file."""
+
+    path: Path
+    source: str
+    split: np.ndarray
+    """For each row -1 or the index of its split."""
+    order: np.ndarray
+    """For each row a number in [0, 1)."""
+
+
+def write_shards(
+    parts: list[Part], n_bytes: int, folder: Path, advance: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """Write all kept documents and return what the manifest says of the shards.
+
+    n_bytes: of all kept texts. advance: called with the number of rows that were read.
+    """
+    n_buckets = max(1, -(-n_bytes // BUCKET_BYTES))
+    spill = folder / "spill"
+    spill.mkdir()
+    _spill(parts, n_buckets, spill, advance)
+    shards: list[dict[str, Any]] = []
+    for number, split in enumerate(SPLITS):
+        writer = ShardWriter(folder, split)
+        for bucket in range(n_buckets):
+            for row in _sorted_rows(spill / f"{number}-{bucket}.parquet"):
+                writer.add(row | {"split": split})
+        writer.close()
+        shards += writer.shards
+    shutil.rmtree(spill)
+    return shards
+
+
+_SPILLED = pa.schema(
+    [field for field in SCHEMA if field.name != "split"] + [pa.field("order", pa.float64())]
+)
+
+
+def _spill(parts: list[Part], n_buckets: int, spill: Path, advance: Callable[[int], None]) -> None:
+    """Read everything once and append each kept document to its bucket."""
+    waiting: dict[str, list[pa.Table]] = {}
+    writers: dict[str, pq.ParquetWriter] = {}
+    n_waiting = 0
+
+    def flush() -> None:
+        for name, tables in waiting.items():
+            if name not in writers:
+                writers[name] = pq.ParquetWriter(
+                    spill / f"{name}.parquet", _SPILLED, compression="lz4"
+                )
+            writers[name].write_table(pa.concat_tables(tables))
+        waiting.clear()
+
+    for part in parts:
+        if (part.split < 0).all():
+            advance(len(part.split))
+            continue
+        begin = 0
+        # Buffered, as reading whole row groups ahead would hold several of them.
+        file = pq.ParquetFile(part.path)
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=list(FIELDS))
+            rows = slice(begin, begin + table.num_rows)
+            begin += table.num_rows
+            split, order = part.split[rows], part.order[rows]
+            bucket = np.minimum((order * n_buckets).astype(np.int64), n_buckets - 1)
+            names = split.astype(np.int64) * n_buckets + bucket
+            table = _columns(table, part.source, order)
+            for name in np.unique(names[split >= 0]):
+                number, in_bucket = divmod(int(name), n_buckets)
+                chosen = table.filter(pa.array((names == name) & (split >= 0)))
+                waiting.setdefault(f"{number}-{in_bucket}", []).append(chosen)
+                n_waiting += chosen.nbytes
+            if n_waiting >= BUFFER_BYTES:
+                flush()
+                n_waiting = 0
+            advance(table.num_rows)
+    flush()
+    for writer in writers.values():
+        writer.close()
+
+
+def _columns(table: pa.Table, source: str, order: np.ndarray) -> pa.Table:
+    """The columns of a document's row; the hash as hexadecimal text."""
+    digests = [digest and digest.hex() for digest in table.column("sha256").to_pylist()]
+    made = {
+        "source": pa.array([source] * table.num_rows, pa.string()),
+        "sha256": pa.array(digests, pa.string()),
+        "order": pa.array(order),
+    }
+    columns = [made[f.name] if f.name in made else table.column(f.name) for f in _SPILLED]
+    return pa.table(columns, schema=_SPILLED)
+
+
+def _sorted_rows(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    table = pq.read_table(path)
+    indices = pc.sort_indices(table, [("order", "ascending"), ("sha256", "ascending")])
+    table = table.drop_columns(["order"])
+    for begin in range(0, len(indices), 1024):
+        yield from table.take(indices.slice(begin, 1024)).to_pylist()
