@@ -103,6 +103,10 @@ class Stage(Section):
     eighth of this and this. None keeps files whole, as the paper does."""
     document_mask: bool = True
     """Attention stays within a document; the paper does not say."""
+    repeat_rate: Share = 0.0
+    """Share of the documents that fit twice into the remaining context and then stand there twice.
+    Small models learn to copy from it, on which infilling rests, long before they would from code
+    alone (docs/experiments.md); not in the paper."""
     fim_rate: Share = 0.9  # Code Llama paper 2.3
     spm_share: Share = 0.5  # Code Llama paper 2.3
     rope_theta: Annotated[float, Field(gt=0)] | None = None

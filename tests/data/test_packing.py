@@ -200,3 +200,25 @@ def test_lanes_of_ranks_are_a_partition():
         assert lanes == list(range(12))
     with pytest.raises(ValueError, match="12 sequences a batch do not divide over 5 ranks"):
         lanes_of_rank(12, 0, 5)
+
+
+def test_documents_that_fit_twice_may_stand_twice(small_tokenizer):
+    texts = [f"value_{i} = {i}\n" for i in range(400)] + ["x" * 200] * 40
+    lane = make_lane(small_tokenizer, texts, seq_len=128, repeat_rate=0.5)
+    _, documents = take(lane, 440)
+    bos, eos = small_tokenizer.bos_id, small_tokenizer.eos_id
+    n_twice = 0
+    for ids in documents:
+        inner = ids[1:-1]
+        half = len(inner) // 2
+        is_twice = (
+            len(inner) % 2 == 0
+            and inner[:half] == inner[half:]
+            and "value" in (small_tokenizer.decode(inner[:half]))
+        )
+        n_twice += is_twice
+        assert (ids[0], ids[-1]) == (bos, eos)
+        assert bos not in inner and eos not in inner
+        if not is_twice and "value" in small_tokenizer.decode(ids):
+            assert small_tokenizer.decode(ids).count("value") == 1
+    assert 120 < n_twice < 240, "half of those that fit"

@@ -60,6 +60,7 @@ class PackingSettings:
     fim_rate: float = 0.0
     spm_share: float = 0.5
     max_document_chars: int | None = None
+    repeat_rate: float = 0.0
     seed: int = 0
     shuffle: bool = True
 
@@ -182,6 +183,9 @@ class Lane:
         """The document that is next, transformed if it fits and is drawn."""
         whole = self._whole()
         settings = self.settings
+        if whole.learn is None and 2 * len(whole.ids) <= n_remaining and settings.repeat_rate > 0:
+            if random.Random(f"{whole.name}/repeat").random() < settings.repeat_rate:
+                return Encoded(whole.name, [*whole.ids[:-1], *whole.ids[1:]])
         if whole.learn is None and len(whole.ids) <= n_remaining and settings.fim_rate > 0:
             name, text = self._document()
             middle_out = transform(

@@ -199,7 +199,12 @@ def train(
 def packing_settings(stage: Stage) -> PackingSettings:
     """How a stage's documents become sequences."""
     return PackingSettings(
-        stage.seq_len, stage.fim_rate, stage.spm_share, stage.max_document_chars, stage.seed
+        stage.seq_len,
+        stage.fim_rate,
+        stage.spm_share,
+        stage.max_document_chars,
+        stage.repeat_rate,
+        stage.seed,
     )
 
 
