@@ -100,13 +100,22 @@ def _model(path: str) -> dict[str, Any]:
 
 def _corpus(manifest: dict[str, Any]) -> dict[str, Any]:
     """Counts, where documents come from, and why others were dropped."""
-    names = ("n_documents", "n_bytes", "held_out_by", "held_out", "sources", "licences")
+    names = ("n_documents", "n_bytes", "held_out_by", "held_out", "sources", "kinds", "languages")
+    names += ("licences", "redacted", "cluster_sizes")
     facts = {name: manifest[name] for name in names if name in manifest}
     dropped = manifest.get("dropped", {})
     return {
         "kind": "corpus",
         **facts,
         "dropped": {reason: drop["n"] for reason, drop in dropped.items()},
+        "dropped_examples": {
+            reason: drop["examples"] for reason, drop in dropped.items() if drop.get("examples")
+        },
+        "benchmark_hits": {
+            name: row["n_documents_hit"]
+            for name, row in manifest.get("benchmarks", {}).items()
+            if row["n_documents_hit"]
+        },
         "n_shards": len(manifest.get("shards", [])),
         "unavailable": manifest.get("inputs", {}).get("unavailable", {}),
         "fingerprint": manifest.get("fingerprint"),
