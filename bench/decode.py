@@ -1,7 +1,8 @@
 """Prefill and decode speed of the engine beside Transformers and llama.cpp: same weights, one run.
 
     .venv/bin/python bench/decode.py [--shapes shipped,15m,1.1b] [--precisions bfloat16,int8,int4]
-        [--batches 1,8,32] [--prompt 128] [--new 64] [--runs 3] [--folder /tmp] [--llama-python P]
+        [--batches 1,8,32] [--prompt 128] [--new 64] [--runs 3] [--folder F] [--llama-python P]
+        [--threads N] [--processor-time]
 
 "shipped" is the model of the package, the others are random weights in that shape, written to a
 temporary folder. Every figure is the median of `runs`, after one that does not count, with torch's
@@ -10,7 +11,9 @@ covers the prompt. The engine runs without guesses and every prompt is a new one
 reused. llama.cpp is called through llama-cpp-python, in the interpreter of --llama-python where it
 is not installed beside this one, on a file that `codellama convert` wrote: bfloat16 beside ours in
 bfloat16, Q8_0 beside int8, Q4_0 beside int4. The memory bandwidth is what summing 1 GiB reaches.
-The last line of output is one JSON object.
+With --processor-time
+the clock counts what this process computed instead of what passed, which says something with one
+thread on a machine that others use too. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -48,23 +51,25 @@ SHAPES = {
 GGUF = {"bfloat16": ("bfloat16", None), "int8": (None, "q8_0"), "int4": (None, "q4_0")}
 Times = tuple[float, float]
 """Seconds to the first token of all, and from there to the last."""
+Clock = Callable[[], float]
 
 LLAMA = """
 import json, sys, time
 import llama_cpp
-path, n_threads, n_prompt, n_new, runs, vocabulary = sys.argv[1], *map(int, sys.argv[2:])
+path, clock = sys.argv[1], getattr(time, sys.argv[2])
+n_threads, n_prompt, n_new, runs, vocabulary = map(int, sys.argv[3:])
 model = llama_cpp.Llama(path, n_ctx=n_prompt + n_new, n_threads=n_threads,
     n_threads_batch=n_threads, n_batch=512, verbose=False)
 times = []
 for run in range(runs + 1):
     prompt = [(7919 * (i + 1) * (run + 3)) % (vocabulary - 300) + 259 for i in range(n_prompt)]
     model.reset()
-    begin = time.perf_counter()
+    begin = clock()
     model.eval(prompt)
-    first = time.perf_counter()
+    first = clock()
     for i in range(n_new - 1):
         model.eval([(300 + 31 * i) % vocabulary])
-    times.append((first - begin, time.perf_counter() - first))
+    times.append((first - begin, clock() - first))
 print(json.dumps(times[1:]))
 """
 
@@ -84,32 +89,32 @@ def draw_prompts(n: int, n_tokens: int, vocabulary: int) -> list[list[int]]:
     return [[random.randrange(259, vocabulary - 8) for _ in range(n_tokens)] for _ in range(n)]
 
 
-def run_engine(engine: Engine, prompts: list[list[int]], n_new: int) -> Times:
+def run_engine(engine: Engine, prompts: list[list[int]], n_new: int, clock: Clock) -> Times:
     """Through the interface that a server uses; no token ends the text."""
     params = SamplingParams(max_tokens=n_new)
     news: SimpleQueue[int] = SimpleQueue()
-    begin = time.perf_counter()
+    begin = clock()
     generations = [engine.submit(p, params, (), lambda: news.put(0), False) for p in prompts]
     waiting = generations
     while waiting:  # the listener tells of text, and the first token may not bring any
         waiting = [g for g in waiting if len(g.sequence.tokens) == g.sequence.n_prompt]
         time.sleep(0.0002)
-    first = time.perf_counter()
+    first = clock()
     for _ in generations:
         news.get()
-    end = time.perf_counter()
+    end = clock()
     assert all(len(g.completion().token_ids) == n_new for g in generations)
     return first - begin, end - first
 
 
-def run_transformers(model: Any, prompts: list[list[int]], n_new: int) -> Times:
+def run_transformers(model: Any, prompts: list[list[int]], n_new: int, clock: Clock) -> Times:
     ids = torch.tensor(prompts)
     kwargs = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
 
     def generate(n_tokens: int) -> float:
-        begin = time.perf_counter()
+        begin = clock()
         model.generate(ids, max_new_tokens=n_tokens, min_new_tokens=n_tokens, **kwargs)
-        return time.perf_counter() - begin
+        return clock() - begin
 
     first = generate(1)
     return first, generate(n_new) - first
@@ -145,7 +150,7 @@ def bench_engine(
     for n in batches:
         engine = Engine.of(model, tokenizer, max_guesses=0, max_batch=max(batches), **more)
         times = median_of(
-            lambda prompts, engine=engine: run_engine(engine, prompts, options.new),
+            lambda prompts, engine=engine: run_engine(engine, prompts, options.new, options.clock),
             lambda n=n: draw_prompts(n, options.prompt, vocabulary),
             options.runs,
         )
@@ -166,7 +171,7 @@ def bench_transformers(
     results = {}
     for n in batches:
         times = median_of(
-            lambda prompts: run_transformers(model, prompts, options.new),
+            lambda prompts: run_transformers(model, prompts, options.new, options.clock),
             lambda n=n: draw_prompts(n, options.prompt, vocabulary),
             options.runs,
         )
@@ -181,7 +186,8 @@ def bench_llama(folder: Path, precision: str, options: argparse.Namespace) -> di
     convert(folder, path, "gguf", dtype=dtype, quantize=quantize)
     sizes = (torch.get_num_threads(), options.prompt, options.new, options.runs)
     vocabulary = ModelConfig.from_hf(json.loads((folder / "config.json").read_text())).vocab_size
-    command = [options.llama_python, "-c", LLAMA, str(path), *map(str, (*sizes, vocabulary))]
+    command = [options.llama_python, "-c", LLAMA, str(path), options.clock.__name__]
+    command += map(str, (*sizes, vocabulary))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     path.unlink()
     if done.returncode:
@@ -201,11 +207,18 @@ def main() -> None:
     parser.add_argument("--folder", help="where the temporary folder is made")
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--processor-time", action="store_true", help="where others use the machine"
+    )
     options = parser.parse_args()
+    options.clock = time.process_time if options.processor_time else time.perf_counter
+    torch.set_num_threads(options.threads)
     batches = [int(n) for n in options.batches.split(",")]
     random.seed(0)
     results: dict[str, Any] = {
-        "threads": torch.get_num_threads(),
+        "threads": options.threads,
+        "clock": options.clock.__name__,
         "load_average": os.getloadavg()[0],
         "bandwidth_bytes_per_s": bandwidth(),
         "prompt_tokens": options.prompt,
@@ -218,17 +231,19 @@ def main() -> None:
             if shape != "shipped":
                 build(folder, SHAPES[shape])
             found = results[shape] = {}
-            for precision in options.precisions.split(","):
-                found[f"ours {precision}"] = bench_engine(folder, precision, batches, options)
+
+            def note(name: str, figures: Any, shape: str = shape, found: Any = found) -> None:
+                found[name] = figures
+                print(shape, name, json.dumps(figures), file=sys.stderr, flush=True)
                 gc.collect()
+
+            for precision in options.precisions.split(","):
+                note(f"ours {precision}", bench_engine(folder, precision, batches, options))
                 if not options.no_peers:
-                    found[f"llama.cpp {GGUF[precision][1] or precision}"] = bench_llama(
-                        folder, precision, options
-                    )
+                    name = f"llama.cpp {GGUF[precision][1] or precision}"
+                    note(name, bench_llama(folder, precision, options))
             if not options.no_peers:
-                found["Transformers bfloat16"] = bench_transformers(folder, batches, options)
-            for name, figures in found.items():
-                print(shape, name, json.dumps(figures), file=sys.stderr)
+                note("Transformers bfloat16", bench_transformers(folder, batches, options))
     print(json.dumps(results))
 
 
