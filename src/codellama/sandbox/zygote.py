@@ -7,7 +7,7 @@ another program can reach.
 
     host --- zygote (first process of the jail) --- init (first of a run) --- program
 
-`init` has new pid, mount and ipc namespaces and ends with the program; the kernel then kills
+`init` has new pid and mount namespaces and ends with the program; the kernel then kills
 whatever the program left behind.
 """
 
@@ -31,7 +31,8 @@ from codellama.sandbox import jail, kernel, programs, seccomp
 _REPORT = struct.Struct("=iiiddq")  # step, how it ended, wait status, CPU s, wall s, peak bytes
 _EXITED, _TIMED_OUT, _NOT_STARTED = 0, 1, 2
 _ZYGOTE_GRACE_S = 1.0  # behind the init's own clock
-_RUN_NAMESPACES = kernel.NEW_PID | kernel.NEW_NS | kernel.NEW_IPC
+# No ipc namespace: making and freeing one is slow, and no call that uses it is left open.
+_RUN_NAMESPACES = kernel.NEW_PID | kernel.NEW_NS
 _N_OWN_PROCESSES = 4  # supervisor, zygote, init, program
 _SPARE = 4  # a virtual machine maps more than it uses; the host watches what is used
 _SOURCE = 3  # the descriptor of the program's text
