@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 
 class Precision(StrEnum):
-    """What weights are held in; int8 is for the matrices."""
+    """What weights are held in; integers are for the matrices."""
 
-    BFLOAT16, FLOAT16, FLOAT32, INT8 = "bfloat16", "float16", "float32", "int8"
+    BFLOAT16, FLOAT16, FLOAT32 = "bfloat16", "float16", "float32"
+    INT8, INT4 = "int8", "int4"
 
 
 class Format(StrEnum):
