@@ -47,7 +47,7 @@ class Sums(Task):
     def trim(self, problem, text):
         return cut(text, ["\n"]).strip()
 
-    def check(self, problem, completion, patience=1.0):
+    def check(self, problem, completion, patience=None):
         waiting = self.statuses.get(completion)
         if waiting:
             status = waiting.pop(0)

@@ -10,17 +10,17 @@ from __future__ import annotations
 from functools import cache
 
 from codellama import sandbox
-from codellama.eval.task import Verdict
+from codellama.eval.task import USUAL, Patience, Verdict
 
-WALL_RATIO = 3.0  # a program that sleeps 10 s fails HumanEval, as in its own self-check
 _CALIBRATION = "total = 0\nfor i in range(3_000_000):\n    total += i * i % 7\n"
-_NOMINAL_S = 0.3  # what it takes on the machine that the limits were tried on
+_NOMINAL_S = 0.25  # measured (0.23 to 0.26) on the machine that the limits were tried on
 
 
 def judge_python(
     candidate: str,
     tests: str,
     timeout_s: float,
+    patience: Patience = USUAL,
     setup: str = "",
 ) -> Verdict:
     """Run Python tests on a candidate that cannot reach them.
@@ -32,34 +32,33 @@ def judge_python(
     outcome = sandbox.judge(
         candidate,
         tests,
-        timeout_s=WALL_RATIO * timeout_s,
-        cpu_s=timeout_s,
+        **_limits(timeout_s, patience),
         setup=setup,
     )
     return _verdict(outcome)
 
 
-def run_program(program: str, language: str, timeout_s: float) -> Verdict:
+def run_program(
+    program: str, language: str, timeout_s: float, patience: Patience = USUAL
+) -> Verdict:
     """Run a program that holds its own tests; it passes by ending with 0, as published.
 
     Such a program could end itself before the tests. That is the protocol of the benchmarks in
     other languages; Python goes to judge_python.
     """
-    return _verdict(
-        sandbox.run(program, timeout_s=WALL_RATIO * timeout_s, cpu_s=timeout_s, language=language)
-    )
+    return _verdict(sandbox.run(program, **_limits(timeout_s, patience), language=language))
 
 
-def run_cases(program: str, cases: list[tuple[str, str]], timeout_s: float) -> Verdict:
+def run_cases(
+    program: str, cases: list[tuple[str, str]], timeout_s: float, patience: Patience = USUAL
+) -> Verdict:
     """Run a Python program once for each (input, expected output), until one does not hold.
 
     Outputs agree when their lines do, without white space at the ends of lines and of the text.
     """
     cpu_s = 0.0
     for number, (given, expected) in enumerate(cases, start=1):
-        outcome = sandbox.run(
-            program, stdin=given, timeout_s=WALL_RATIO * timeout_s, cpu_s=timeout_s
-        )
+        outcome = sandbox.run(program, stdin=given, **_limits(timeout_s, patience))
         cpu_s += outcome.cpu_s
         if outcome.status != "passed":
             message = f"test {number}: {outcome.message or _last_line(outcome.stderr)}"
@@ -101,6 +100,17 @@ def missing_modules(names: tuple[str, ...]) -> str:
     """Which Python packages programs in the sandbox cannot import; empty where all are there."""
     missing = [n for n in names if not sandbox.run(f"import {n}", timeout_s=60).passed]
     return f"programs need {', '.join(missing)} in the sandbox" if missing else ""
+
+
+def stretch() -> float:
+    """How many times its processor time a program takes by the clock just now, 1 to 30."""
+    outcome = sandbox.run(_CALIBRATION, timeout_s=120)
+    return min(30.0, max(1.0, outcome.wall_s / max(outcome.cpu_s, 0.01)))
+
+
+def _limits(timeout_s: float, patience: Patience) -> dict[str, float]:
+    cpu_s = timeout_s * patience.cpu
+    return {"cpu_s": cpu_s, "timeout_s": cpu_s * patience.wall}
 
 
 def _verdict(outcome: sandbox.Outcome) -> Verdict:

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from codellama.eval.execution import calibrate
+from codellama.eval.execution import calibrate, stretch
 from codellama.eval.metrics import interval, pass_at_k
 from codellama.eval.samples import Sample
-from codellama.eval.task import Problem, Task, Verdict
+from codellama.eval.task import Patience, Problem, Task, Verdict
 
 KS = (1, 2, 5, 10, 20, 50, 100, 200)
 MAX_ERROR_SHARE = 0.001
@@ -41,9 +41,9 @@ def judge_all(
     problems = {problem.task_id: problem for problem in task.problems()}
     problems |= {problem.task_id: problem for problem in task.reference_problems()}
     todo = list(dict.fromkeys(answers))
-    patience = calibrate() if task.runs_programs else 1.0
+    patience = Patience(calibrate()) if task.runs_programs else Patience()
 
-    def check(answer: Answer) -> Verdict:
+    def check(answer: Answer, patience: Patience = patience) -> Verdict:
         return task.check(problems[answer[0]], answer[1], patience)
 
     verdicts: dict[Answer, Verdict] = {}
@@ -55,7 +55,8 @@ def judge_all(
                 progress(len(verdicts), len(todo))
     for answer, verdict in verdicts.items():
         if verdict.status == "timeout":  # alone: nobody else's run can have slowed it
-            verdicts[answer] = verdict = check(answer)
+            load = stretch() if task.runs_programs else 1.0  # other programs of this machine
+            verdicts[answer] = verdict = check(answer, Patience(patience.cpu, patience.wall * load))
         for _ in range(N_ERROR_RETRIES):
             if verdict.status == "error":
                 verdicts[answer] = verdict = check(answer)

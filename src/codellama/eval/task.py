@@ -110,6 +110,19 @@ class Verdict:
     """Of the values in their mean."""
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How much longer than a benchmark's limit its programs may take here."""
+
+    cpu: float = 1.0
+    """Times the limit, in processor time."""
+    wall: float = 3.0
+    """Times that, by the clock. A program that sleeps 10 s fails HumanEval's own example."""
+
+
+USUAL = Patience()
+
+
 def graded(values: Mapping[str, float], first: str = "exact_match") -> Verdict:
     """A verdict from measures alone; it passed where the first is 1."""
     return Verdict("passed" if values[first] == 1 else "failed", values)
@@ -163,8 +176,8 @@ class Task:
         """Cut generated text to the answer, as published; this is what a samples file holds."""
         return text
 
-    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
-        """Judge one answer. Time limits of programs are multiplied by `patience`."""
+    def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
+        """Judge one answer."""
         raise NotImplementedError
 
     def reference_problems(self) -> list[Problem]:

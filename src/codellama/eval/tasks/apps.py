@@ -13,7 +13,17 @@ from typing import Any
 
 from codellama.eval.datasets import data_file
 from codellama.eval.execution import judge_python, run_cases
-from codellama.eval.task import Problem, Prompt, Task, Verdict, between, cut, fenced_code
+from codellama.eval.task import (
+    USUAL,
+    Patience,
+    Problem,
+    Prompt,
+    Task,
+    Verdict,
+    between,
+    cut,
+    fenced_code,
+)
 
 FILE = "apps/apps-train-sample.jsonl.gz"
 SHOT_IDS = ("0111", "4184")  # one by standard input, one by a call; both have short solutions
@@ -73,13 +83,12 @@ class Apps(Task):
             return quoted.lstrip("\n")
         return fenced_code(text) if self._chat else cut(text, ["\nQ:"])
 
-    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+    def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Run every test."""
         tests = problem.row["input_output"]
-        limit_s = TIMEOUT_S * patience
         if "fn_name" not in tests:
             cases = [(_text(i), _text(o)) for i, o in _pairs(tests)]
-            return run_cases(completion, cases, limit_s)
+            return run_cases(completion, cases, TIMEOUT_S, patience)
         name = tests["fn_name"]
         # LeetCode's problems want a method of a class; it is called as a function.
         method = f"\nif 'Solution' in globals():\n    {name} = Solution().{name}\n"
@@ -90,7 +99,7 @@ class Apps(Task):
             f"assert got == {o!r} or [got] == {o!r}\n"
             for i, o in _pairs(tests)
         ]
-        return judge_python(candidate, "".join(lines), limit_s * len(lines))
+        return judge_python(candidate, "".join(lines), TIMEOUT_S * len(lines), patience)
 
     def reference(self, problem: Problem) -> str | None:
         """The first published solution."""

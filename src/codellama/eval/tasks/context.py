@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from codellama.eval.datasets import data_file
-from codellama.eval.task import Problem, Prompt, Task, Verdict, graded, random_for
+from codellama.eval.task import USUAL, Patience, Problem, Prompt, Task, Verdict, graded, random_for
 
 POSITIONS = (0.0, 0.2, 0.4)  # Code Llama paper, table 17
 N_EXAMPLES = 64  # a length and position, as there
@@ -90,7 +90,7 @@ class KeyRetrieval(Task):
         before, after = chosen[:place], chosen[place:]
         return Prompt("\n\n".join([*before, key, *after, _END.lstrip()]), max_tokens=4)
 
-    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+    def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """The number must come first."""
         found = re.match(r"\s*(\d+)", completion)
         is_right = found is not None and found[1] == self.reference(problem)
@@ -131,7 +131,7 @@ class PerplexityByPosition(Task):
         """The text, as far as the context goes."""
         return Prompt(texts=(problem.row["text"],), may_lose_end=True)
 
-    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+    def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Mean loss of the tokens up to each power of two, from the one before."""
         losses = [-value for value in json.loads(completion)[0]]
         values, begin, end = {}, 0, 128
@@ -168,7 +168,7 @@ class BitsPerByte(Task):
         """The piece."""
         return Prompt(texts=(problem.row["text"],))
 
-    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+    def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Bits over bytes; a long piece weighs more."""
         n_bytes = len(problem.row["text"].encode())
         bits = -math.fsum(json.loads(completion)[0]) / math.log(2)

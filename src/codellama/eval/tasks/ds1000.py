@@ -11,7 +11,7 @@ from pathlib import Path
 
 from codellama.eval.datasets import data_file
 from codellama.eval.execution import missing_modules, run_program
-from codellama.eval.task import Problem, Prompt, Task, Verdict, cut, fenced_code
+from codellama.eval.task import USUAL, Patience, Problem, Prompt, Task, Verdict, cut, fenced_code
 
 FILE = "ds1000/ds1000.jsonl.gz"
 STOPS = ("</code>", "# SOLUTION END", "END SOLUTION")
@@ -51,13 +51,13 @@ class Ds1000(Task):
         """Up to the end of the code."""
         return cut(fenced_code(text) if self._chat else text, STOPS)
 
-    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+    def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Run the tests of the problem."""
         context = problem.row["code_context"]
         calls = f"\nanswer = {completion!r}\ntest_execution(answer)\n"
         if "def test_string(" in context:
             calls += "test_string(answer)\n"
-        return run_program(context + calls, "python", TIMEOUT_S * patience)
+        return run_program(context + calls, "python", TIMEOUT_S, patience)
 
     def reference(self, problem: Problem) -> str:
         """The benchmark's own solution."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from codellama.eval.datasets import data_file
 from codellama.eval.execution import judge_python
-from codellama.eval.task import Problem, Prompt, Task, Verdict, cut, fenced_code
+from codellama.eval.task import USUAL, Patience, Problem, Prompt, Task, Verdict, cut, fenced_code
 
 STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>")
 TIMEOUT_S = 3.0  # openai/human-eval's default; here it is processor time
@@ -65,12 +65,13 @@ class HumanEval(Task):
         """Up to the first stop string; of a chat answer, its code."""
         return self.completion(problem, fenced_code(text)) if self._chat else cut(text, STOPS)
 
-    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+    def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Run the benchmark's tests."""
         return judge_python(
             self.program(problem, completion),
             self.tests(problem),
-            self.timeout_s * patience,
+            self.timeout_s,
+            patience,
             self.setup(problem),
         )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from codellama.eval.datasets import data_file
 from codellama.eval.judges import Judge, refusal_by_words
-from codellama.eval.task import Problem, Prompt, Task, Verdict, cut, graded
+from codellama.eval.task import USUAL, Patience, Problem, Prompt, Task, Verdict, cut, graded
 
 _QA = "".join(
     f"Q: {question}\nA: {answer}\n\n"
@@ -67,7 +67,7 @@ class Gsm8k(Task):
         """Up to the next question."""
         return cut(text, ["\nQ:"])
 
-    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+    def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Compare the number after "the answer is", or else the last one."""
         _, found, rest = completion.rpartition("he answer is")
         numbers = _NUMBER.findall(rest if found else completion)
@@ -104,7 +104,7 @@ class TruthfulQaChoice(Task):
         answers = [*problem.row["mc1_targets"], *problem.row["mc2_targets"]]
         return Prompt(texts=(question, *(f"{question} {answer}" for answer in answers)))
 
-    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+    def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """MC1: the true answer is the likeliest; MC2: share of probability on true answers."""
         question, *sums = (math.fsum(values) for values in json.loads(completion))
         likely = [value - question for value in sums]
@@ -144,7 +144,7 @@ class Judged(Task):
             return Prompt(messages=({"role": "user", "content": content},))
         return Prompt(self.text(problem), stop=self.stop, max_tokens=self.max_tokens)
 
-    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+    def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Ask every judge."""
         if not self._judges:
             return Verdict("unjudged", {}, "no judge: name one with --judge URL")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from codellama.eval.datasets import data_file
 from codellama.eval.metrics import edit_similarity, exact_match, smoothed_bleu
-from codellama.eval.task import Problem, Prompt, Task, Verdict, graded
+from codellama.eval.task import USUAL, Patience, Problem, Prompt, Task, Verdict, graded
 
 LINE_FILES = {
     "lcc": "longbench-code/lcc-sample.jsonl.gz",
@@ -51,7 +51,7 @@ class LineCompletion(Task):
                 return line.rstrip()
         return ""
 
-    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+    def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Compare with the line that was there, white space around it ignored."""
         got, wanted = completion.strip(), self.reference(problem).strip()
         return graded(
@@ -106,7 +106,7 @@ class Docstrings(Task):
         line = next((line for line in text.split("\n") if line.strip()), "")
         return line.partition('"""')[0].partition("'''")[0].strip()
 
-    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+    def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Compare with the cleaned docstring."""
         bleu = smoothed_bleu(completion, self.reference(problem))
         return graded({"bleu": bleu}, "bleu")

@@ -12,7 +12,17 @@ from typing import Any
 
 from codellama.eval.datasets import data_file
 from codellama.eval.execution import judge_python
-from codellama.eval.task import Problem, Prompt, Task, Verdict, between, cut, fenced_code
+from codellama.eval.task import (
+    USUAL,
+    Patience,
+    Problem,
+    Prompt,
+    Task,
+    Verdict,
+    between,
+    cut,
+    fenced_code,
+)
 
 TEST_IDS = range(11, 511)  # google-research mbpp/README.md
 SHOT_IDS = (2, 3, 4)
@@ -67,14 +77,14 @@ class Mbpp(Task):
         tagged = between(text, "[PYTHON]", "[/PYTHON]")
         return fenced_code(text if tagged is None else tagged)
 
-    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+    def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Run the three asserts."""
         row = problem.row
         setup = "\n".join([row.get("test_setup_code", ""), *row.get("test_imports", [])])
         # As published, the set-up stands before the candidate; here the tests have it too.
         candidate = f"{setup}\n{completion}\n"
         tests = "\n".join(row["test_list"])
-        return judge_python(candidate, tests, TIMEOUT_S * patience, setup=setup)
+        return judge_python(candidate, tests, TIMEOUT_S, patience, setup)
 
     def reference(self, problem: Problem) -> str:
         """The benchmark's own solution."""

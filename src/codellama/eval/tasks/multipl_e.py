@@ -12,7 +12,17 @@ from pathlib import Path
 from codellama.eval.datasets import data_file
 from codellama.eval.execution import judge_python, missing_toolchain, run_program
 from codellama.eval.metrics import exact_match
-from codellama.eval.task import Problem, Prompt, Task, Verdict, cut, fenced_code, graded
+from codellama.eval.task import (
+    USUAL,
+    Patience,
+    Problem,
+    Prompt,
+    Task,
+    Verdict,
+    cut,
+    fenced_code,
+    graded,
+)
 
 # Of the data files: the name of the language in the sandbox.
 LANGUAGES = {
@@ -68,14 +78,13 @@ class MultiplE(Task):
             text = code.partition(header)[2] if header and header in code else code
         return cut(text, problem.row["stop_tokens"])
 
-    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+    def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Compile and run with the tests."""
         row = problem.row
         program = row["prompt"] + completion + "\n"
-        limit_s = TIMEOUT_S * patience
         if self._language == "py":
-            return judge_python(program, row["tests"], limit_s)
-        return run_program(program + row["tests"], LANGUAGES[self._language], limit_s)
+            return judge_python(program, row["tests"], TIMEOUT_S, patience)
+        return run_program(program + row["tests"], LANGUAGES[self._language], TIMEOUT_S, patience)
 
     def reference_problems(self) -> list[Problem]:
         """Those with a known solution: in the infilling file, for Java, JavaScript and Python."""
@@ -141,7 +150,7 @@ class MultiplEInfilling(Task):
         """The first line with something on it."""
         return text.strip().partition("\n")[0].rstrip()
 
-    def check(self, problem: Problem, completion: str, patience: float = 1.0) -> Verdict:
+    def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Compare with the line that was there."""
         return graded({"exact_match": exact_match(completion, self.reference(problem))})
 
