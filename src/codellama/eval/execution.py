@@ -8,6 +8,7 @@ time: wall time is three times as long, so that a busy machine does not decide.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 from codellama import sandbox
 from codellama.eval.task import USUAL, Patience, Verdict
@@ -108,7 +109,7 @@ def stretch() -> float:
     return min(30.0, max(1.0, outcome.wall_s / max(outcome.cpu_s, 0.01)))
 
 
-def _limits(timeout_s: float, patience: Patience) -> dict[str, float]:
+def _limits(timeout_s: float, patience: Patience) -> dict[str, Any]:
     cpu_s = timeout_s * patience.cpu
     return {"cpu_s": cpu_s, "timeout_s": cpu_s * patience.wall}
 
