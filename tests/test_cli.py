@@ -181,7 +181,9 @@ def test_convert_and_inspect(call):
     assert texts[0] == texts[1]
     assert "context" in call("inspect", "{base}")[1]
     code, _, error = call("convert", "{inst}", "x", "--to", "hf", "--variant", "9b")
-    assert code == 1 and "unknown variant '9b'" in error[0] and "7b-instruct" in error[0]
+    assert code == 1
+    assert "unknown variant '9b'" in error[0]
+    assert "7b-instruct" in error[0]
 
 
 def test_inspect_a_run_and_a_corpus(call, tmp_path):

@@ -171,9 +171,12 @@ def test_a_long_class_is_cut_at_its_methods():
         "x = 1\n"
     )
     head, a, b = split_document(text, 80)
-    assert head.startswith("class C") and head.endswith('"""\n\n')
-    assert a.startswith("    @property") and a.endswith("1]\n\n")
-    assert b.startswith("    # about b") and b.endswith("x = 1\n")
+    assert head.startswith("class C")
+    assert head.endswith('"""\n\n')
+    assert a.startswith("    @property")
+    assert a.endswith("1]\n\n")
+    assert b.startswith("    # about b")
+    assert b.endswith("x = 1\n")
 
 
 def as_program(part: str) -> str:

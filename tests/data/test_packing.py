@@ -183,7 +183,8 @@ def test_each_epoch_takes_the_next_part_of_a_document(small_tokenizer):
 def test_limits_of_parts_are_spread():
     rng = random.Random(0)
     limits = [part_limit(2400, rng) for _ in range(2000)]
-    assert min(limits) >= 300 and max(limits) <= 2400
+    assert min(limits) >= 300
+    assert max(limits) <= 2400
     thirds = [sum(a <= x < 2 * a for x in limits) for a in (300, 600, 1200)]
     assert all(abs(n - 2000 / 3) < 100 for n in thirds)
     assert part_limit(None, rng) is None
@@ -218,7 +219,8 @@ def test_documents_that_fit_twice_may_stand_twice(small_tokenizer):
         )
         n_twice += is_twice
         assert (ids[0], ids[-1]) == (bos, eos)
-        assert bos not in inner and eos not in inner
+        assert bos not in inner
+        assert eos not in inner
         if not is_twice and "value" in small_tokenizer.decode(ids):
             assert small_tokenizer.decode(ids).count("value") == 1
     assert 120 < n_twice < 240, "half of those that fit"
