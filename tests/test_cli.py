@@ -243,7 +243,7 @@ WRONG_ARGUMENTS = [
     (("complete", "x", "--top-k", "-1", *MODEL), "top_k = -1"),
     (("complete", "x", "--n", "0", *MODEL), "n = 0"),
     (("complete", "x", "--stop", "", *MODEL), "stop"),
-    (("complete", "x", "--dtype", "int4", *MODEL), "bfloat16"),
+    (("complete", "x", "--dtype", "int3", *MODEL), "bfloat16"),
     (("complete", "x", "--device", "nothing", *MODEL), "--device"),
     (("infill", "no gap", *MODEL), "<FILL_ME> not found"),
     (("infill", "<FILL_ME> <FILL_ME>", *MODEL), "found 2 times"),

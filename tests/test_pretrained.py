@@ -8,7 +8,7 @@ import pytest
 from codellama import Engine, SamplingParams
 from codellama.engine.engine import SHIPPED_MODEL
 
-NOT_YET = "the shipped model saw 30 million tokens; it needs more to do this"
+NOT_YET = "the shipped model saw 70 million tokens; it needs more to do this"
 PERSON = "class Person:\n    def __init__(self, name, age):\n"
 
 
@@ -52,16 +52,20 @@ def test_it_assigns_the_arguments_of_init(engine, prompt):
 
 
 @pytest.mark.parametrize(
-    ("opened", "closed"),
+    "opened",
     [
-        ("import os\n\npath = os.path.join(os.path.dirname(__file__", "))"),
-        ("if not isinstance(value, (int, float", ")):"),
-        ("def add(self, other", "):"),
+        "import os\n\npath = os.path.join(os.path.dirname(__file__",
+        "if not isinstance(value, (int, float",
+        "def add(self, other",
+        "numbers = sorted(set(range(10",
     ],
 )
-def test_it_closes_brackets(engine, opened, closed):
-    result = engine.complete([opened], SamplingParams(max_tokens=8))[0]
-    assert result.text.splitlines()[0] == closed
+def test_it_closes_brackets(engine, opened):
+    """What it writes on the line closes all that are open, and not one more."""
+    result = engine.complete([opened], SamplingParams(max_tokens=12))[0]
+    line = opened + result.text.splitlines()[0]
+    assert line.count("(") == line.count(")")
+    assert result.text.startswith(")")
 
 
 @pytest.mark.xfail(reason=NOT_YET, strict=True)

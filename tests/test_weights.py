@@ -252,7 +252,7 @@ def test_values_that_float16_cannot_hold(folder, tmp_path):
 def test_options_that_make_no_sense(folder, tmp_path):
     for options, message in (
         ({"to": "onnx"}, "expected one of hf, meta, gguf"),
-        ({"dtype": "int4"}, "expected one of bfloat16"),
+        ({"dtype": "int3"}, "expected one of bfloat16"),
         ({"to": "hf", "quantize": "q8_0"}, "quantize is for 'gguf' only"),
         ({"to": "gguf", "quantize": "q2"}, "expected one of q8_0, q4_0"),
         ({"to": "gguf", "quantize": "q8_0", "dtype": "float16"}, "not both"),
@@ -265,8 +265,8 @@ def test_options_that_make_no_sense(folder, tmp_path):
         convert(folder, folder)
     with pytest.raises(ValueError, match="exists already"):
         convert(folder, tmp_path)
-    with pytest.raises(ValueError, match=r"int4.*bfloat16.*int8"):
-        load(folder, dtype="int4")
+    with pytest.raises(ValueError, match=r"int3.*bfloat16.*int8"):
+        load(folder, dtype="int3")
     assert not list(tmp_path.iterdir())
 
 

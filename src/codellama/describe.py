@@ -91,13 +91,18 @@ def recognise(
 
 def weight_bytes(config: ModelConfig, dtype: str) -> int:
     """Memory of the weights when loaded as `dtype`."""
-    if dtype != "int8":
+    if dtype not in ("int8", "int4"):
         return config.n_params * DTYPES[dtype].itemsize
     matrices = config.n_block_matrix_params + config.vocab_size * config.hidden_size
     kv_width = config.num_key_value_heads * config.head_dim
     per_layer = 3 * config.hidden_size + 2 * kv_width + 2 * config.intermediate_size
     n_scales = config.num_hidden_layers * per_layer + config.vocab_size
-    return matrices + 2 * (config.n_params - matrices) + 2 * n_scales
+    others = 2 * (config.n_params - matrices)
+    if dtype == "int8":
+        return matrices + others + 2 * n_scales
+    # Two weights a byte with a scale and a zero for 32 of them; the output projection in 8 bits.
+    head = config.vocab_size * (config.hidden_size + 2)
+    return config.n_block_matrix_params * 5 // 8 + head + others
 
 
 def _cache_bytes(config: ModelConfig, dtype: str, context: int) -> int:

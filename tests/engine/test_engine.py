@@ -152,6 +152,7 @@ def test_closing_a_stream_frees_its_blocks(engine, monkeypatch):
     next(stream)
     assert engine._scheduler.pool.n_used
     stream.close()
+    engine._batcher.wait_until_idle()  # the pass that was under way, and no other
     assert engine._scheduler.pool.n_used == 0
     assert is_empty(engine)
 

@@ -183,10 +183,12 @@ class Lane:
         """The document that is next, transformed if it fits and is drawn."""
         whole = self._whole()
         settings = self.settings
-        if whole.learn is None and 2 * len(whole.ids) <= n_remaining and settings.repeat_rate > 0:
-            if random.Random(f"{whole.name}/repeat").random() < settings.repeat_rate:
-                return Encoded(whole.name, [*whole.ids[:-1], *whole.ids[1:]])
-        if whole.learn is None and len(whole.ids) <= n_remaining and settings.fim_rate > 0:
+        if whole.learn is not None:
+            return whole
+        drawn = random.Random(f"{whole.name}/repeat").random() < settings.repeat_rate
+        if drawn and 2 * len(whole.ids) <= n_remaining:
+            return Encoded(whole.name, [*whole.ids[:-1], *whole.ids[1:]])
+        if len(whole.ids) <= n_remaining and settings.fim_rate > 0:
             name, text = self._document()
             middle_out = transform(
                 self.tokenizer, text, random.Random(name), settings.fim_rate, settings.spm_share

@@ -68,6 +68,8 @@ class Batcher:
         self._generations: dict[Sequence, Generation] = {}
         self._streamed: set[Sequence] = set()
         self._plan: list[tuple[Sequence, int]] = []
+        self._in_step: set[Sequence] = set()
+        """What the pass that runs now reads and writes; its blocks must stay until it ends."""
         self._thread: threading.Thread | None = None
 
     def submit(
@@ -122,7 +124,9 @@ class Batcher:
                     return
             except Exception as error:  # noqa: BLE001  whatever it is, its callers must hear of it
                 with self.lock:
+                    self._in_step = set()
                     for sequence in [s for s, _ in self._plan] or list(self._generations):
+                        self.scheduler.remove(sequence)  # also one that was cancelled meanwhile
                         self._fail(sequence, error)
 
     def _step(self) -> bool:
@@ -136,15 +140,19 @@ class Batcher:
                 self._thread = None
                 return False
             drafts = [len(sequence.draft) for sequence, _ in plan]
+            self._in_step = {sequence for sequence, _ in plan}
         begin = time.perf_counter()
         results = self._runner.run(plan)
         duration_s = time.perf_counter() - begin
         with self.lock:
+            self._in_step = set()
             for (sequence, n_tokens), result in zip(plan, results, strict=True):
                 sequence.draft = []
-                if isinstance(result, ValueError):
+                if sequence.finish_reason is not None:  # cancelled meanwhile
+                    self.scheduler.remove(sequence)
+                elif isinstance(result, ValueError):
                     self._fail(sequence, result)
-                elif sequence.state == "running":  # not cancelled meanwhile
+                else:
                     self._accept(sequence, n_tokens, result)
             given = [[] if isinstance(result, ValueError) else result for result in results]
             self._speculator.note(plan, drafts, given, duration_s)
@@ -171,7 +179,8 @@ class Batcher:
             self._finish(sequence)
 
     def _finish(self, sequence: Sequence) -> None:
-        self.scheduler.remove(sequence)
+        if sequence not in self._in_step:
+            self.scheduler.remove(sequence)
         self._streamed.discard(sequence)
         generation = self._generations.pop(sequence, None)
         if generation is not None:

@@ -22,6 +22,7 @@ from codellama.eval.task import Patience, Problem, Task, Verdict
 KS = (1, 2, 5, 10, 20, 50, 100, 200)
 MAX_ERROR_SHARE = 0.001
 N_ERROR_RETRIES = 2
+IDLE_CPU_S = 0.2  # a run that used less of its time than this was not short of a processor
 Answer = tuple[str, str]  # task_id, completion
 
 
@@ -54,7 +55,8 @@ def judge_all(
             if progress:
                 progress(len(verdicts), len(todo))
     for answer, verdict in verdicts.items():
-        if verdict.status == "timeout":  # alone: nobody else's run can have slowed it
+        # Alone, so that nobody else's run can have slowed it. What slept, slept anywhere.
+        if verdict.status == "timeout" and (verdict.cpu_s > IDLE_CPU_S or not task.runs_programs):
             load = stretch() if task.runs_programs else 1.0  # other programs of this machine
             verdicts[answer] = verdict = check(answer, Patience(patience.cpu, patience.wall * load))
         for _ in range(N_ERROR_RETRIES):
