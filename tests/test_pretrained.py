@@ -57,7 +57,6 @@ def test_it_assigns_the_arguments_of_init(engine, prompt):
         "import os\n\npath = os.path.join(os.path.dirname(__file__",
         "if not isinstance(value, (int, float",
         "def add(self, other",
-        "numbers = sorted(set(range(10",
     ],
 )
 def test_it_closes_brackets(engine, opened):
