@@ -1,6 +1,7 @@
 """What happens when the machine or the sandbox itself fails, and what is left behind."""
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -148,14 +149,17 @@ def test_nothing_is_left(tmp_path):
     with Pool(n_workers=2) as pool:
         pool.run_many([{"program": LEFTOVERS}] * 4)
         pool.judge_many([{"candidate": "def f(x): return x", "tests": "assert f(1) == 1"}] * 4)
+        flood = {"program": "while 1: print('x' * 999)", "output_bytes": 1000}
+        pool.run_many([flood] * 8)
+        gc.collect()
         processes, descriptors = children(), len(os.listdir("/proc/self/fd"))
         size = tree_bytes(os.getpid())
-        flood = {"program": "while 1: print('x' * 999)", "output_bytes": 1000}
         outcomes = pool.run_many([{"program": LEFTOVERS}, flood] * 40)
         pool.judge_many([{"candidate": "def f(x): 1 / 0", "tests": "assert f(1) == 1"}] * 40)
         assert {o.status for o in outcomes} == {"passed", "output"}
         wait_until(lambda: children() == processes)
         assert len(os.listdir("/proc/self/fd")) == descriptors
+        gc.collect()
         assert tree_bytes(os.getpid()) - size < 20 << 20
     wait_until(lambda: children() == before)
     assert not {n for n in set(os.listdir("/tmp")) - files_before if "left" in n}
