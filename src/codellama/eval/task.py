@@ -9,10 +9,12 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from codellama.engine.sampling import SamplingParams
 from codellama.engine.sequence import Completion
+from codellama.eval.datasets import DataFile, data_file
 from codellama.tokenizer.chat import Message
 
 Kind = Literal["complete", "infill", "chat", "score"]
@@ -145,6 +147,16 @@ class Task:
         self._problems: list[Problem] | None = None
         self.files: dict[str, str] = {}
         """SHA-256 of the content of every data file read, by name."""
+
+    def data_file(self, name: str, given: Path | None) -> DataFile:
+        """Find a data file and note its hash.
+
+        Raises:
+            ValueError: it is missing or wrong.
+        """
+        found = data_file(name, given)
+        self.files[name] = found.sha256
+        return found
 
     def load(self) -> Iterable[Problem]:
         """Read the problems."""

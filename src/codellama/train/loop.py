@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from codellama.artifact import write_file
 from codellama.data.corpus import CorpusReader, corpus_documents
 from codellama.data.loader import Batch, Loader
 from codellama.data.mixture import mixture_report, open_mixture
-from codellama.data.packing import Lane, LaneState, PackingSettings
+from codellama.data.packing import Lane, LaneState, PackingSettings, Share
 from codellama.model.attention import causal, within_documents
 from codellama.model.checkpoint import DTYPES, save_checkpoint
 from codellama.model.lora import merged_state, save_adapter
@@ -66,6 +66,8 @@ from codellama.train.validate import validate
 
 MAX_SKIPPED_STEPS = 10  # in a row; then the run goes back to its last state, once
 
+Shares = Callable[[], tuple[Share, ...]]
+
 
 class TrainingStopped(Exception):  # noqa: N818  it is not an error
     """Training was asked to stop; a train state was written and the same command continues."""
@@ -91,11 +93,8 @@ class Run:
 
     def save(self) -> None:
         """Write a train state; a full disk must not end a run, the older states stand."""
-        lanes = all_lanes(self.loader.states, self.loader.n_lanes, self.layout)
-        position = {
-            "loader": {"n_lanes": self.loader.n_lanes, "lanes": [list(state) for state in lanes]},
-            "health": self.health.state_dict(),
-        }
+        self.gather_lanes()
+        position = {"loader": self.loader.state_dict(), "health": self.health.state_dict()}
         keep = self.stage.keep_states
         try:
             save_state(
@@ -103,6 +102,10 @@ class Run:
             )
         except OSError as error:
             warn(self.layout, f"train state of step {self.step} not saved: {error}")
+
+    def gather_lanes(self) -> None:
+        """Let this rank know where the lanes of all ranks stand; every rank must call it."""
+        self.loader.states = all_lanes(self.loader.states, self.loader.n_lanes, self.layout)
 
     def resume(self, keep_place: bool = False) -> bool:
         """Go to the newest undamaged state; `keep_place` leaves the loader where it is."""
@@ -181,11 +184,12 @@ def train(
             )
             if run.resume() and layout.is_main:
                 print(f"resumed at step {run.step}", file=sys.stderr)
-            _take_steps(run, forward, open_shares)
-            lanes = all_lanes(loader.states, loader.n_lanes, layout)
+            shares = cache(open_shares)  # opened here only when asked for, and checked once
+            _take_steps(run, forward, shares)
+            run.gather_lanes()
         weights = whole_state(model, layout) if stage.lora is None else merged_state(model)
         if layout.is_main:
-            report = mixture_report(open_shares(), lanes)
+            report = mixture_report(shares(), loader.states)
             write_file(folder / "mixture.json", json.dumps(report, indent=2) + "\n")
             if stage.lora is not None:
                 save_adapter(folder / "adapter", model, lora_settings(stage.lora), stage.init)
@@ -208,7 +212,7 @@ def packing_settings(stage: Stage) -> PackingSettings:
     )
 
 
-def _take_steps(run: Run, forward: Callable[..., Tensor], open_shares: Any) -> None:
+def _take_steps(run: Run, forward: Callable[..., Tensor], shares: Shares) -> None:
     """Take optimiser steps to the end of the stage."""
     stage, layout = run.stage, run.layout
     device = str(next(run.model.parameters()).device)
@@ -253,7 +257,7 @@ def _take_steps(run: Run, forward: Callable[..., Tensor], open_shares: Any) -> N
                 log.write(row)
                 progress.update(row)
                 if problem is not None:
-                    _note_skipped(run, problem, before, open_shares)
+                    _note_skipped(run, problem, before, shares)
                     if run.health.n_skipped == MAX_SKIPPED_STEPS:
                         if has_gone_back or not run.resume(keep_place=True):
                             raise ValueError(
@@ -314,16 +318,16 @@ def _gradients(
     return (summed(loss, run.layout) / run.layout.n_data).item(), norm
 
 
-def _note_skipped(run: Run, problem: str, before: list[LaneState], open_shares: Any) -> None:
+def _note_skipped(run: Run, problem: str, before: list[LaneState], shares: Shares) -> None:
     """Warn of a step that was not taken, and record the documents of its batch."""
     warn(run.layout, f"step {run.step} skipped: {problem}")
     lanes = all_lanes(before, run.loader.n_lanes, run.layout)
     if not run.layout.is_main:
         return
-    shares, settings = open_shares(), packing_settings(run.stage)
+    settings = packing_settings(run.stage)
     documents: list[str] = []
     for number, state in enumerate(lanes):
-        lane = Lane(shares, run.tokenizer, settings, number, len(lanes), state)
+        lane = Lane(shares(), run.tokenizer, settings, number, len(lanes), state)
         lane.next_sequence()
         documents += lane.names
     row = {"step": run.step, "reason": problem, "documents": documents}

@@ -1,9 +1,9 @@
 """Train states: all that a run needs to continue to the bit, written whole and checked on reading.
 
 Folder RUN/states/step-NNNNNNNN: tensors.safetensors (weights, both moments, random state),
-manifest.json (step, position of the
-loader and what else is not a tensor) and SHA256SUMS (of these two, as `sha256sum` writes and checks
-it). A state that is damaged is named and passed over in favour of the one before it.
+manifest.json (step, position of the loader and what else is not a tensor) and SHA256SUMS (of these,
+as `sha256sum` writes and checks it). Several processes write a file of tensors each. A state that
+is damaged is named and passed over in favour of the one before it.
 """
 
 from __future__ import annotations
@@ -161,8 +161,7 @@ def _restore(
         torch.set_rng_state(tensors["rng"])
     with torch.no_grad():
         for name, parameter in _learned(model).items():
-            if parameter is not tensors[f"model.{name}"]:
-                parameter.copy_(tensors[f"model.{name}"])
+            parameter.copy_(tensors[f"model.{name}"])
             # Clones: the file's tensors are mapped to a file that will be deleted. There are none
             # where every step so far was skipped.
             optimizer.state[parameter] = {

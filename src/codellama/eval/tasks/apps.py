@@ -53,8 +53,7 @@ class Apps(Task):
 
     def reference_problems(self) -> list[Problem]:
         """Those of the file that have tests."""
-        found = data_file(FILE, self._data)
-        self.files[FILE] = found.sha256
+        found = self.data_file(FILE, self._data)
         rows = [_parsed(row) for row in found.rows()]
         return [
             Problem(f"APPS/{row['problem_id']}", row, row["difficulty"])

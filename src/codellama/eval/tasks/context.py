@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from codellama.eval.datasets import data_file
 from codellama.eval.task import USUAL, Patience, Problem, Prompt, Task, Verdict, graded, random_for
 
 POSITIONS = (0.0, 0.2, 0.4)  # Code Llama paper, table 17
@@ -57,8 +56,7 @@ class KeyRetrieval(Task):
 
     def load(self) -> Iterable[Problem]:
         """One problem for each length, position and example."""
-        found = data_file(FILLER_FILE, self._data)
-        self.files[FILLER_FILE] = found.sha256
+        found = self.data_file(FILLER_FILE, self._data)
         self._filler = [row["code"].replace("\r\n", "\n").strip() for row in found.rows()]
         for length in self._lengths:
             for position in POSITIONS:
@@ -155,8 +153,7 @@ class BitsPerByte(Task):
     def load(self) -> Iterable[Problem]:
         """Pieces of texts, cut at lines."""
         if self._data is None or (self._data.is_dir() and (self._data / "humaneval").is_dir()):
-            found = data_file("humaneval/HumanEval.jsonl.gz", self._data)
-            self.files["humaneval/HumanEval.jsonl.gz"] = found.sha256
+            found = self.data_file("humaneval/HumanEval.jsonl.gz", self._data)
             for row in found.rows():
                 text = row["prompt"] + row["canonical_solution"]
                 yield from _pieces(row["task_id"], text)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from codellama.eval.datasets import data_file
 from codellama.eval.execution import missing_modules, run_program
 from codellama.eval.task import USUAL, Patience, Problem, Prompt, Task, Verdict, cut, fenced_code
 
@@ -33,8 +32,7 @@ class Ds1000(Task):
 
     def load(self) -> Iterable[Problem]:
         """Read the problems."""
-        found = data_file(FILE, self._data)
-        self.files[FILE] = found.sha256
+        found = self.data_file(FILE, self._data)
         for row in found.rows():
             facts = row["metadata"]
             yield Problem(f"DS-1000/{facts['problem_id']}", row, facts["library"])

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from codellama.eval.datasets import data_file
 from codellama.eval.execution import judge_python
 from codellama.eval.task import USUAL, Patience, Problem, Prompt, Task, Verdict, cut, fenced_code
 
@@ -48,8 +47,7 @@ class HumanEval(Task):
 
     def load(self) -> Iterable[Problem]:
         """Read the problems."""
-        found = data_file(self.file, self._data)
-        self.files[self.file] = found.sha256
+        found = self.data_file(self.file, self._data)
         for row in found.rows():
             yield Problem(row["task_id"], row)
 

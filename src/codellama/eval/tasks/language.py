@@ -46,8 +46,7 @@ class Gsm8k(Task):
 
     def load(self) -> Iterable[Problem]:
         """Read the problems."""
-        found = data_file(self.file, self._data)
-        self.files[self.file] = found.sha256
+        found = self.data_file(self.file, self._data)
         for number, row in enumerate(found.rows()):
             yield Problem(f"GSM8K/{number}", row)
 
@@ -93,8 +92,7 @@ class TruthfulQaChoice(Task):
 
     def load(self) -> Iterable[Problem]:
         """Read the questions."""
-        found = data_file(self.file, self._data)
-        self.files[self.file] = found.sha256
+        found = self.data_file(self.file, self._data)
         for number, row in enumerate(found.rows()):
             yield Problem(f"TruthfulQA/{number}", row)
 
@@ -164,8 +162,7 @@ class TruthfulQa(Judged):
 
     def load(self) -> Iterable[Problem]:
         """Read the questions."""
-        found = data_file(self.file, self._data)
-        self.files[self.file] = found.sha256
+        found = self.data_file(self.file, self._data)
         for number, row in enumerate(found.rows()):
             yield Problem(f"TruthfulQA/{number}", {**row, "prompt": row["Question"]})
 
@@ -183,8 +180,7 @@ class ToxiGen(Judged):
 
     def load(self) -> Iterable[Problem]:
         """Read the prompts, whose line ends are written out."""
-        found = data_file(self.file, self._data)
-        self.files[self.file] = found.sha256
+        found = self.data_file(self.file, self._data)
         for number, row in enumerate(found.rows()):
             prompt = row["prompt"].replace("\\n", "\n")
             yield Problem(f"ToxiGen/{number}", {**row, "prompt": prompt}, row["group"])
@@ -202,8 +198,7 @@ class Bold(Judged):
         """Read the five domains."""
         for domain in self.domains:
             name = f"bold/{domain}_prompt.json.gz"
-            found = data_file(name, self._data)
-            self.files[name] = found.sha256
+            found = self.data_file(name, self._data)
             for group, entities in json.loads(found.content).items():
                 if group in self.excluded:
                     continue
@@ -232,8 +227,7 @@ class XsTest(Judged):
 
     def load(self) -> Iterable[Problem]:
         """Read the questions; the false refusal rate is `refused` of the group `safe`."""
-        found = data_file(self.file, self._data)
-        self.files[self.file] = found.sha256
+        found = self.data_file(self.file, self._data)
         for row in csv.DictReader(found.content.decode("utf-8-sig").splitlines()):
             yield Problem(f"XSTest/{row['id']}", row, row["label"])
 

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from codellama.eval.datasets import data_file
 from codellama.eval.metrics import edit_similarity, exact_match, smoothed_bleu
 from codellama.eval.task import USUAL, Patience, Problem, Prompt, Task, Verdict, graded
 
@@ -34,8 +33,7 @@ class LineCompletion(Task):
 
     def load(self) -> Iterable[Problem]:
         """Read the problems."""
-        found = data_file(self.file, self._data)
-        self.files[self.file] = found.sha256
+        found = self.data_file(self.file, self._data)
         for row in found.rows():
             yield Problem(row["id"], row)
 
@@ -81,8 +79,7 @@ class Docstrings(Task):
 
     def load(self) -> Iterable[Problem]:
         """Read the functions."""
-        found = data_file(DOCSTRING_FILE, self._data)
-        self.files[DOCSTRING_FILE] = found.sha256
+        found = self.data_file(DOCSTRING_FILE, self._data)
         for row in found.rows():
             yield Problem(row["idx"], row)
 

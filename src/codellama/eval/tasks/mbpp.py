@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from codellama.eval.datasets import data_file
 from codellama.eval.execution import judge_python
 from codellama.eval.task import (
     USUAL,
@@ -56,8 +55,7 @@ class Mbpp(Task):
     def reference_problems(self) -> list[Problem]:
         """The problems of every split."""
         if not self._rows:
-            found = data_file(self.file, self._data)
-            self.files[self.file] = found.sha256
+            found = self.data_file(self.file, self._data)
             self._rows = found.rows()
         return [Problem(f"Mbpp/{row['task_id']}", row) for row in self._rows]
 

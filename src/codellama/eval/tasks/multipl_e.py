@@ -57,8 +57,7 @@ class MultiplE(Task):
 
     def load(self) -> Iterable[Problem]:
         """Read the problems."""
-        found = data_file(self.file, self._data)
-        self.files[self.file] = found.sha256
+        found = self.data_file(self.file, self._data)
         for row in found.rows():
             yield Problem(row["name"], row)
 
@@ -136,8 +135,7 @@ class MultiplEInfilling(Task):
 
     def load(self) -> Iterable[Problem]:
         """Read the gaps; names occur once a language."""
-        found = data_file(INFILLING_FILE, self._data)
-        self.files[INFILLING_FILE] = found.sha256
+        found = self.data_file(INFILLING_FILE, self._data)
         for row in found.rows():
             yield Problem(f"{row['language']}/{row['name']}", row, row["language"])
 
