@@ -216,6 +216,15 @@ def test_infill_stops_at_eot(engine, small_tokenizer):
         ({"max_tokens": 2**40}, "max_tokens"),
         ({"seed": "a"}, "seed"),
         ({"stop": ("",)}, "stop"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"presence_penalty": float("inf")}, "presence_penalty"),
+        ({"frequency_penalty": 200}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": ((5, 101.0),)}, "logit_bias of 5 = 101"),
+        ({"logit_bias": (("a", 1.0),)}, "logit_bias of 'a'"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"schema": "[1]"}, "schema"),
+        ({"schema": "{"}, "schema"),
     ],
 )
 def test_bad_parameters_are_named(changes, named):
@@ -310,16 +319,16 @@ def test_after_a_failed_step_the_engine_goes_on(engine, monkeypatch):
 def test_many_streams_in_an_event_loop(engine, monkeypatch):
     """Concurrent streams, one of which is left and one of which is cancelled."""
     slow_down(engine, monkeypatch, 0.002)
-    params = SamplingParams(max_tokens=25)
-    alone = [engine.complete([p], params)[0].text for p in PROMPTS]
+    params = SamplingParams(max_tokens=25, logprobs=True, top_logprobs=3)
+    alone = engine.complete(PROMPTS, params)
     ids = [engine.tokenizer.encode(p, bos=True) for p in PROMPTS]
     stops = (engine.tokenizer.eos_id,)
 
     async def collect(prompt):
-        return "".join([piece async for piece in engine.stream_async(prompt, params, stops)])
+        return [piece async for piece in engine.pieces(prompt, params, stops)]
 
     async def leave():
-        async with aclosing(engine.stream_async(ids[0], SamplingParams(80), stops)) as pieces:
+        async with aclosing(engine.pieces(ids[0], SamplingParams(80), stops)) as pieces:
             async for _ in pieces:
                 return
 
@@ -329,13 +338,54 @@ def test_many_streams_in_an_event_loop(engine, monkeypatch):
         await asyncio.sleep(0.01)
         doomed.cancel()
         await leave()
-        texts = await asyncio.gather(*kept)
+        results = await asyncio.gather(*kept)
         with pytest.raises(asyncio.CancelledError):
             await doomed
-        return texts
+        return results
 
-    assert asyncio.run(everything()) == alone
+    for prompt, pieces, expected in zip(ids, asyncio.run(everything()), alone, strict=True):
+        assert "".join(piece.text for piece in pieces) == expected.text
+        assert sum((piece.token_ids for piece in pieces), ()) == expected.token_ids
+        assert sum((p.logprobs for p in pieces), ()) == pytest.approx(expected.logprobs, abs=1e-4)
+        tops = sum((piece.top_logprobs for piece in pieces), ())
+        assert [top[0][0] for top in tops] == list(expected.token_ids)
+        assert [top[0][1] for top in tops] == pytest.approx(expected.logprobs, abs=1e-4)
+        assert {len(top) for top in tops} == {3}
+        assert [piece.finish_reason for piece in pieces][:-1] == [None] * (len(pieces) - 1)
+        assert pieces[-1].finish_reason == expected.finish_reason
+        assert {piece.n_cached for piece in pieces} == {(len(prompt) - 1) // 16 * 16}
     assert is_empty(engine)
+
+
+def test_death_of_the_thread_is_heard_by_all(engine, monkeypatch):
+    """Those that run, those that wait, and those that come later."""
+    slow_down(engine, monkeypatch, 0.01)
+    begin = time.monotonic()
+
+    async def ask(prompt):
+        ids = engine.tokenizer.encode(prompt, bos=True)
+        async for _ in engine.pieces(ids, SamplingParams(80), ()):
+            monkeypatch.setattr(engine._scheduler, "schedule", lambda: 1 / 0)
+            monkeypatch.setattr(engine._scheduler, "remove", lambda job: 1 / 0)
+
+    async def everything():
+        return await asyncio.gather(*map(ask, PROMPTS), return_exceptions=True)
+
+    results = asyncio.run(everything())
+    assert [type(result) for result in results] == [RuntimeError] * len(PROMPTS)
+    assert engine.failure is not None
+    assert "ZeroDivisionError" in engine.failure
+    with pytest.raises(RuntimeError, match="the engine has stopped: ZeroDivisionError"):
+        engine.complete(["x"])
+    assert time.monotonic() - begin < 30
+
+
+def test_slow_callers_lose_nothing(engine):
+    """News that were read with earlier ones must not count as another end."""
+    params = SamplingParams(max_tokens=8)
+    expected = engine.complete(PROMPTS, params)
+    results = engine.complete(PROMPTS, params, on_text=lambda number, text: time.sleep(0.02))
+    assert results == expected
 
 
 def test_stop_string_that_begins_another(engine):
@@ -373,7 +423,7 @@ def test_guessing_rests_where_it_costs_time():
         n_guessed, text.draft = len(text.draft), []
         duration = 1.0 + (1 / 3 if n_guessed else 0)
         text.tokens += [100 + step] if step % 3 == 0 else [1, 2, 3]
-        speculator.note([(text, 1)], [n_guessed], [[(0, 0.0)]], duration)
+        speculator.note([(text, 1)], [n_guessed], [[(0, 0.0, ())]], duration)
         spent, plain = spent + duration, plain + 1.0
     assert speculator.n_guessed > 10  # it tries again from time to time
     assert spent < 1.03 * plain
@@ -395,6 +445,6 @@ def test_guessing_goes_on_where_it_saves_time():
         n_guessed, text.draft = len(text.draft), []
         start = len(text.tokens) % 7
         text.tokens += ([1, 2, 3, 4, 5, 6, 7] * 3)[start : start + n_guessed + 1]
-        speculator.note([(text, 1)], [n_guessed], [[(0, 0.0)] * (n_guessed + 1)], 1.3)
+        speculator.note([(text, 1)], [n_guessed], [[(0, 0.0, ())] * (n_guessed + 1)], 1.3)
         n_steps += 1
     assert (len(text.tokens) - n_before) / n_steps > 7

@@ -2,6 +2,6 @@
 
 from codellama.engine.engine import Engine
 from codellama.engine.sampling import SamplingParams
-from codellama.engine.sequence import Completion
+from codellama.engine.sequence import Completion, Piece
 
-__all__ = ["Completion", "Engine", "SamplingParams"]
+__all__ = ["Completion", "Engine", "Piece", "SamplingParams"]

@@ -7,14 +7,17 @@ change only under the lock, which is never held during a forward pass.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
 
 from codellama.engine.runner import Chosen, Runner
 from codellama.engine.scheduler import Scheduler
-from codellama.engine.sequence import Completion, Sequence
+from codellama.engine.sequence import Completion, Piece, Sequence
 from codellama.engine.speculate import Speculator
+
+_log = logging.getLogger(__name__)
 
 
 class Generation:
@@ -25,14 +28,15 @@ class Generation:
     ) -> None:
         self._batcher, self._sequence = batcher, sequence
         self._listener = listener
-        self._n_read = 0
 
-    def read(self) -> tuple[str, bool]:
-        """The text that came since the last call, and whether that was all."""
+    def read(self) -> Piece:
+        """What came since the last call.
+
+        Raises:
+            Exception: what made it fail.
+        """
         with self._batcher.lock:
-            text = self._sequence.text[self._n_read :]
-            self._n_read += len(text)
-            return text, self._sequence.finish_reason is not None
+            return self._sequence.read()
 
     def cancel(self) -> None:
         """End it now, with what there is; its blocks are free at once."""
@@ -71,6 +75,8 @@ class Batcher:
         self._in_step: set[Sequence] = set()
         """What the pass that runs now reads and writes; its blocks must stay until it ends."""
         self._thread: threading.Thread | None = None
+        self.failure: str | None = None
+        """Why the thread died, after which nothing can run any more."""
 
     def submit(
         self, sequence: Sequence, listener: Callable[[], object], every_step: bool
@@ -84,9 +90,12 @@ class Batcher:
 
         Raises:
             ValueError: the sequence can never fit in the cache.
+            RuntimeError: the thread died.
         """
         generation = Generation(self, sequence, listener)
         with self.lock:
+            if self.failure is not None:
+                raise RuntimeError(self.failure)
             if sequence.finish_reason is not None:  # nothing was asked for
                 listener()
                 return generation
@@ -116,18 +125,30 @@ class Batcher:
             thread.join()
 
     def _work(self) -> None:
-        """Run steps until nothing is left."""
-        while True:
-            self._plan = []
-            try:
-                if not self._step():
-                    return
-            except Exception as error:  # noqa: BLE001  whatever it is, its callers must hear of it
-                with self.lock:
-                    self._in_step = set()
-                    for sequence in [s for s, _ in self._plan] or list(self._generations):
-                        self.scheduler.remove(sequence)  # also one that was cancelled meanwhile
-                        self._fail(sequence, error)
+        """Run steps until nothing is left; if that itself fails, everyone hears of it."""
+        try:
+            while self._try_step():
+                pass
+        except BaseException as error:  # noqa: BLE001  as in a step
+            _log.exception("the engine has stopped")
+            with self.lock:
+                self.failure = f"the engine has stopped: {type(error).__name__}: {error}"
+                for generation in self._generations.values():
+                    generation.sequence.fail(RuntimeError(self.failure))
+                    generation.announce()
+                self._generations.clear()
+
+    def _try_step(self) -> bool:
+        self._plan = []
+        try:
+            return self._step()
+        except Exception as error:  # noqa: BLE001  whatever it is, its callers must hear of it
+            with self.lock:
+                self._in_step = set()
+                for sequence in [s for s, _ in self._plan] or list(self._generations):
+                    self.scheduler.remove(sequence)  # also one that was cancelled meanwhile
+                    self._fail(sequence, error)
+            return True
 
     def _step(self) -> bool:
         """Run one step; False, and the thread is to end, where there is nothing to run."""
@@ -161,8 +182,8 @@ class Batcher:
     def _accept(self, sequence: Sequence, n_tokens: int, chosen: Chosen) -> None:
         n_before = len(sequence.tokens)
         n_chars = len(sequence.text)
-        for token, logprob in chosen:
-            sequence.accept(token, logprob)
+        for token, logprob, top in chosen:
+            sequence.accept(token, logprob, top)
             if sequence.finish_reason is not None:
                 break
         # All but the last of the new tokens were guesses: their keys are cached already.

@@ -2,13 +2,14 @@
 
 Prompts enter as text or as ids and join the running batch at once; each leaves it when it ends, so
 nobody waits for the slowest. It may be called from many threads, and from an event loop through
-`submit` or `stream_async`. Results do not depend on who else is in the batch, beyond the rounding
+`pieces`. Results do not depend on who else is in the batch, beyond the rounding
 of matrix products of other sizes: in float32 the tokens are the same.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from codellama.engine.cache import PagedCache, available_bytes
 from codellama.engine.runner import Runner
 from codellama.engine.sampling import SamplingParams
 from codellama.engine.scheduler import STEP_TOKENS, Scheduler
-from codellama.engine.sequence import Completion
+from codellama.engine.sequence import Completion, Piece
 from codellama.engine.sequence import Sequence as Running
 from codellama.engine.speculate import DraftModel, Speculator
 from codellama.model.transformer import Transformer
@@ -232,24 +233,38 @@ class Engine:
         [sequence] = self._sequences(prompt, params, stop_ids)
         return self._batcher.submit(sequence, listener, every_step)
 
-    async def stream_async(
+    async def pieces(
         self, prompt: Sequence[int], params: SamplingParams, stop_ids: Sequence[int]
-    ) -> AsyncIterator[str]:
-        """As `stream`, within an event loop; closing or cancelling it ends the generation."""
-        news = asyncio.Event()
-        wake = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, news.set)
+    ) -> AsyncIterator[Piece]:
+        """Continue ids within an event loop; closing or cancelling it ends the generation.
+
+        Raises:
+            ValueError: as `submit`.
+            RuntimeError: the engine has stopped, see `failure`.
+        """
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(news.set)
+
         generation = self.submit(prompt, params, stop_ids, wake)
         try:
             is_done = False
             while not is_done:
                 await news.wait()
                 news.clear()
-                text, is_done = generation.read()
-                if text:
-                    yield text
-            generation.completion()
+                piece = generation.read()
+                is_done = piece.finish_reason is not None
+                if piece.token_ids or is_done:
+                    yield piece
         finally:
             generation.cancel()
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing can run any more; None while all is well."""
+        return self._batcher.failure
 
     def cancel(self) -> None:
         """End everything that runs or waits; callers get what there is, as `cancelled`."""
@@ -273,22 +288,10 @@ class Engine:
         sequences: list[Running] = []
         for prompt, settings in zip(prompts, params, strict=True):
             sequences += self._sequences(prompt, settings, stops)
-        news: SimpleQueue[int] = SimpleQueue()
-        generations: list[Generation] = []
-        n_running = len(sequences)
-        try:
-            for number, sequence in enumerate(sequences):
-                listener = functools.partial(news.put, number)
-                generations.append(self._batcher.submit(sequence, listener, on_text is not None))
-            while n_running:
-                number = news.get()
-                text, is_done = generations[number].read()
-                n_running -= is_done
-                if on_text and text:
-                    on_text(number, text)
-        finally:
-            self._batcher.cancel(generations)
-        return [generation.completion() for generation in generations]
+        for number, piece in self._run(sequences, on_text is not None):
+            if on_text and piece.text:
+                on_text(number, piece.text)
+        return [sequence.completion() for sequence in sequences]
 
     def _stream(
         self, prompt: Sequence[int], params: SamplingParams | None, stops: tuple[int, ...]
@@ -296,18 +299,29 @@ class Engine:
         params = params or SamplingParams()
         if params.n != 1:
             raise ValueError("n > 1 cannot be streamed; call once for each")
-        news: SimpleQueue[None] = SimpleQueue()
-        generation = self.submit(prompt, params, stops, functools.partial(news.put, None))
+        for _, piece in self._run(self._sequences(prompt, params, stops), every_step=True):
+            if piece.text:
+                yield piece.text
+
+    def _run(self, sequences: list[Running], every_step: bool) -> Iterator[tuple[int, Piece]]:
+        """The pieces of some sequences as they come; closing it ends them."""
+        news: SimpleQueue[int] = SimpleQueue()
+        generations: list[Generation] = []
+        running = set(range(len(sequences)))
         try:
-            is_done = False
-            while not is_done:
-                news.get()
-                text, is_done = generation.read()
-                if text:
-                    yield text
-            generation.completion()
+            for number, sequence in enumerate(sequences):
+                listener = functools.partial(news.put, number)
+                generations.append(self._batcher.submit(sequence, listener, every_step))
+            while running:
+                number = news.get()
+                if number not in running:  # what this news was about has been read with the last
+                    continue
+                piece = generations[number].read()
+                if piece.finish_reason is not None:
+                    running.remove(number)
+                yield number, piece
         finally:
-            generation.cancel()
+            self._batcher.cancel(generations)
 
     def _sequences(
         self, prompt: Sequence[int], params: SamplingParams, stops: Sequence[int]

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from codellama.engine.cache import PagedCache, Span
 from codellama.engine.native import MAX_ROWS, NativeStep
-from codellama.engine.sequence import Sequence
+from codellama.engine.sequence import Sequence, TopLogprobs
 from codellama.model.attention import LENGTH_STEP, causal
 from codellama.model.transformer import Transformer
 
-Chosen = list[tuple[int, float]]
-"""Token and natural log-probability of each token that one step gave a sequence."""
+Chosen = list[tuple[int, float, TopLogprobs]]
+"""Tokens that one step gave a sequence, each with its natural log-probability and those of the most
+likely ones."""
 
 
 class Runner:
@@ -110,7 +111,12 @@ def _choose(logits: Tensor, askers: Items[tuple[Sequence, int]]) -> Chosen:
         best = logits.gather(-1, tokens[:, None])[:, 0]
     if any(s.params.logprobs for s, _ in askers):
         best = best - logits.logsumexp(-1)
-    return list(zip(tokens.tolist(), best.tolist(), strict=True))
+    tops: list[TopLogprobs] = [()] * len(askers)
+    for row, (sequence, _) in enumerate(askers):
+        if n_top := sequence.params.top_logprobs:
+            values, ids = logits[row].log_softmax(-1).topk(n_top)
+            tops[row] = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return list(zip(tokens.tolist(), best.tolist(), tops, strict=True))
 
 
 def _accepted(given: Chosen, draft: list[int]) -> Chosen | ValueError:
@@ -123,7 +129,7 @@ def _accepted(given: Chosen, draft: list[int]) -> Chosen | ValueError:
     n_right = 0
     while n_right < len(draft) and given[n_right][0] == draft[n_right]:
         n_right += 1
-    if any(value != value or value in (float("inf"), -float("inf")) for _, value in given):
+    if any(value != value or value in (float("inf"), -float("inf")) for _, value, _ in given):
         return ValueError("the model's output is not a number; its weights are damaged")
     return given[: n_right + 1]
 

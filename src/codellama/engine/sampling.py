@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 
 MAX_TOKENS = 2**31 - 1
+MAX_BIAS = 100.0  # what OpenAI's interface allows; a logit so far from the others decides
+MAX_TOP_LOGPROBS = 20  # as there
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,12 @@ class SamplingParams:
     temperature 0 is greedy. top_p keeps the most likely tokens up to that probability, and always
     the first; top_k keeps that many, 0 all. The same seed gives the same text whatever else is in
     the batch; None draws one. stop strings end the text and are not part of it.
+
+    Before that, a token that stands in prompt or text has a positive logit divided by
+    repetition_penalty and a negative one multiplied; frequency_penalty is subtracted for each time
+    it was generated and presence_penalty once; logit_bias adds to the logits of ids. schema, a JSON
+    schema as text, allows only what conforms to it; "{}" is any object. min_p drops tokens less
+    likely than that share of the most likely one, after temperature.
 
     Raises:
         ValueError: a value outside its range; names it and the range.
@@ -28,6 +37,14 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     n: int = 1
     logprobs: bool = False
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int = 0
+    """So many of the most likely ids at each token, with their log-probabilities."""
+    schema: str | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -36,19 +53,56 @@ class SamplingParams:
             ("max_tokens", 0, MAX_TOKENS),
             ("top_k", 0, MAX_TOKENS),
             ("n", 1, 1024),
+            ("top_logprobs", 0, MAX_TOP_LOGPROBS),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            if not _is_whole(value) or not low <= value <= high:
                 raise ValueError(f"{name} = {value!r}: expected a whole number in [{low}, {high}]")
-        if self.seed is not None and (
-            not isinstance(self.seed, int) or isinstance(self.seed, bool)
-        ):
+        if self.seed is not None and not _is_whole(self.seed):
             raise ValueError(f"seed = {self.seed!r}: expected a whole number or None")
-        for name, low, high in (("temperature", 0.0, 100.0), ("top_p", 0.0, 1.0)):
+        for name, low, high in (
+            ("temperature", 0.0, 100.0),
+            ("top_p", 0.0, 1.0),
+            ("min_p", 0.0, 1.0),
+            ("presence_penalty", -MAX_BIAS, MAX_BIAS),
+            ("frequency_penalty", -MAX_BIAS, MAX_BIAS),
+            ("repetition_penalty", 0.01, 100.0),
+        ):
             value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and math.isfinite(value)
-            if not is_number or not low <= value <= high:
+            if not _is_number(value) or not low <= value <= high:
                 raise ValueError(f"{name} = {value!r}: expected a number in [{low:g}, {high:g}]")
+        for token, bias in self.logit_bias:
+            if not _is_whole(token) or token < 0 or not _is_number(bias) or abs(bias) > MAX_BIAS:
+                raise ValueError(
+                    f"logit_bias of {token!r} = {bias!r}: expected a token id and a number in "
+                    f"[{-MAX_BIAS:g}, {MAX_BIAS:g}]"
+                )
+        if self.schema is not None:
+            try:
+                is_object = isinstance(json.loads(self.schema), dict)
+            except (TypeError, ValueError, RecursionError):
+                is_object = False
+            if not is_object:
+                raise ValueError(f"schema = {str(self.schema)[:80]!r}: expected a JSON object")
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop = {text!r}: expected texts that are not empty")
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether what was written already changes what follows."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
+        return penalties != (0, 0, 1)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything but the model decides how likely a token is."""
+        return self.has_penalties or bool(self.logit_bias) or self.schema is not None
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -18,6 +18,8 @@ from codellama.tokenizer import StreamDecoder, Tokenizer
 if TYPE_CHECKING:
     from codellama.engine.speculate import Guesser
 
+TopLogprobs = tuple[tuple[int, float], ...]
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -32,6 +34,23 @@ class Completion:
     finish_reason: str
     """`stop` (a stop id or string), `length` (max_tokens or the context is full), `cancelled`."""
     prompt_tokens: int = 0
+    top_logprobs: tuple[TopLogprobs, ...] | None = None
+    """The most likely ids at each token and their log-probabilities; only when asked for."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a generation brought since the piece before: joined, pieces make the completion."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """As in `Completion`; none where they were not asked for."""
+    top_logprobs: tuple[TopLogprobs, ...]
+    finish_reason: str | None
+    """Of the last piece, None before."""
+    n_cached: int
+    """Prompt tokens whose keys and values another sequence had left in the cache."""
 
 
 class Sequence(Job):
@@ -56,9 +75,11 @@ class Sequence(Job):
         self.n_prompt = len(prompt)
         self.params = params
         self.logprobs: list[float] = []
+        self.top_logprobs: list[TopLogprobs] = []
         self.finish_reason: str | None = "length" if params.max_tokens == 0 else None
         self.text = ""
         """Everything that is certain to be in the result."""
+        self._n_read = self._n_chars_read = 0
         self._pending = ""
         """Decoded text that may turn out to begin a stop string."""
         self.error: Exception | None = None
@@ -91,12 +112,13 @@ class Sequence(Job):
             self._draws.append(self._random.random())
         return self._draws[number]
 
-    def accept(self, token: int, logprob: float) -> str:
+    def accept(self, token: int, logprob: float, top: TopLogprobs = ()) -> str:
         """Add a generated token and return the text that became certain with it."""
         if token in self._stop_ids:
             return self._finish("stop")
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        self.top_logprobs.append(top)
         self._pending += self._decoder.push(token)
         if (end := self._find_stop()) is not None:
             self._pending = self._pending[:end]
@@ -115,6 +137,26 @@ class Sequence(Job):
         self.error = error
         self.finish_reason = "error"
 
+    def read(self) -> Piece:
+        """What came since the last call.
+
+        Raises:
+            Exception: what made it fail.
+        """
+        if self.error is not None:
+            raise self.error
+        ids, first = self.token_ids, self._n_read
+        piece = Piece(
+            self.text[self._n_chars_read :],
+            tuple(ids[first:]),
+            tuple(self.logprobs[first:]) if self.params.logprobs else (),
+            tuple(self.top_logprobs[first:]) if self.params.top_logprobs else (),
+            self.finish_reason,
+            min(self.n_reused, self.n_prompt),
+        )
+        self._n_read, self._n_chars_read = len(ids), len(self.text)
+        return piece
+
     def completion(self) -> Completion:
         """The result, once it is finished.
 
@@ -130,6 +172,7 @@ class Sequence(Job):
             tuple(self.logprobs) if self.params.logprobs else None,
             self.finish_reason,
             self.n_prompt,
+            tuple(self.top_logprobs) if self.params.top_logprobs else None,
         )
 
     def _finish(self, reason: str, is_stop_string: bool = False) -> str:
