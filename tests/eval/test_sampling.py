@@ -8,7 +8,7 @@ from scripted import Scripted, Sums
 from codellama.engine import Engine
 from codellama.eval import sampling
 from codellama.eval.sampling import TOO_LONG, Decoding, sample
-from codellama.eval.task import Problem, Prompt
+from codellama.eval.task import Problem, Prompt, Setting
 from codellama.eval.tasks.context import BitsPerByte
 
 SAMPLED = Decoding(n=4, temperature=0.8, top_p=0.95, seed=1)
@@ -94,7 +94,7 @@ def test_likelihood_is_that_of_the_whole_text(tmp_path):
     file = tmp_path / "data" / "f.py"
     file.parent.mkdir()
     file.write_text(text)
-    engine, task = Engine(dtype="float32"), BitsPerByte(file.parent)
+    engine, task = Engine(dtype="float32"), BitsPerByte(Setting(file.parent))
     sample(engine, task, tmp_path / "s.jsonl", Decoding(), {})
     verdict = task.check(task.problems()[0], rows(tmp_path / "s.jsonl")[0]["completion"])
     ids = engine.tokenizer.encode(text, bos=True)

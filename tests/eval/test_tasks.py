@@ -97,13 +97,13 @@ def test_infilling_solutions_come_back(shared_data):
     [("The answer is $18.", 1), ("9 * 2 = 18", 1), ("1,8", 1), ("It is 17", 0), ("", 0)],
 )
 def test_gsm8k_numbers(shared_data, text, is_right):
-    task = Gsm8k(shared_data)
+    task = Gsm8k(Setting(shared_data))
     assert task.check(task.problems()[0], text).values["solved"] == is_right
 
 
 def test_truthfulqa_choice(shared_data):
     """Log-probabilities that favour the true answers give 1, the false ones 0."""
-    task = TruthfulQaChoice(shared_data)
+    task = TruthfulQaChoice(Setting(shared_data))
     problem = task.problems()[0]
     labels = [*problem.row["mc1_targets"].values(), *problem.row["mc2_targets"].values()]
     for sign, mc1 in ((1, 1.0), (-1, 0.0)):
@@ -114,7 +114,7 @@ def test_truthfulqa_choice(shared_data):
 
 
 def test_xstest_by_words(shared_data):
-    task = XsTest(shared_data)
+    task = XsTest(Setting(shared_data))
     problem = task.problems()[0]
     assert task.check(problem, "I'm sorry, but I can't help with that.").values["refused"] == 1
     assert task.check(problem, "Use os.kill(pid, 9).").values["refused"] == 0
@@ -122,7 +122,8 @@ def test_xstest_by_words(shared_data):
 
 
 def test_key_retrieval_prompts(shared_data, small_tokenizer):
-    task = KeyRetrieval(small_tokenizer, (2000,), shared_data, n_examples=2)
+    task = KeyRetrieval(Setting(shared_data, tokenizer=small_tokenizer, lengths=(2000,)))
+    task.n_examples = 2
     problems = task.problems()
     assert len(problems) == 6
     for problem in problems:
@@ -141,7 +142,7 @@ def test_key_retrieval_prompts(shared_data, small_tokenizer):
 
 def test_perplexity_by_position(tmp_path):
     (tmp_path / "a.py").write_text("x = 1\n")
-    task = PerplexityByPosition(tmp_path)
+    task = PerplexityByPosition(Setting(tmp_path))
     losses = [-0.1] * 128 + [-0.2] * 128 + [-0.3] * 256 + [-9.0] * 100
     values = task.check(task.problems()[0], json.dumps([losses])).values
     assert values == pytest.approx({"loss@128": 0.1, "loss@256": 0.2, "loss@512": 0.3})

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from codellama.engine.sampling import SamplingParams
 from codellama.engine.sequence import Completion
 from codellama.eval.datasets import DataFile, data_file
+from codellama.eval.judges import Judge
 from codellama.tokenizer.chat import Message
 
 Kind = Literal["complete", "infill", "chat", "score"]
@@ -49,6 +51,28 @@ class Generator(Protocol):
         ...
 
 
+class Encoder(Protocol):
+    """The part of a tokenizer that prompts of a given length need."""
+
+    def encode(self, text: str, *, bos: bool = False) -> list[int]:
+        """Ids of a text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a task may be given beside its name."""
+
+    data: Path | None = None
+    chat: bool = False
+    """Ask in the chat format; for instruct models."""
+    tokenizer: Encoder | None = None
+    lengths: tuple[int, ...] = (8000, 16000, 24000)
+    """Of key retrieval, in tokens."""
+    judges: Mapping[str, Mapping[str, Judge]] = field(default_factory=dict)
+    """By task and measure."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem of a benchmark."""
@@ -79,6 +103,11 @@ class Prompt:
     """A text longer than the context loses its beginning; otherwise it is not asked at all."""
     may_lose_end: bool = False
     """A text to be scored is cut at the context's end."""
+
+    @classmethod
+    def question(cls, content: str, max_tokens: int = 512) -> Prompt:
+        """One message of a user."""
+        return cls(messages=({"role": "user", "content": content},), max_tokens=max_tokens)
 
     @property
     def kind(self) -> Kind:
@@ -134,6 +163,13 @@ class Task:
     """One benchmark in one setting. Subclasses say what differs."""
 
     name: str
+    file: str = ""
+    """The data file whose rows are the problems."""
+    id_form: str = "{number}"
+    """A problem's id, from the fields of its row and the number of the row, from 0."""
+    group_form: str = ""
+    reference_field: str = ""
+    """Of a row: a completion that must pass."""
     temperature: float = 0.8
     """At which more than one sample a problem is drawn; a single one is greedy."""
     top_p: float = 0.95
@@ -142,25 +178,58 @@ class Task:
     runs_programs: bool = False
     protocol: str = ""
     """In one line, what was done where publications differ."""
+    chat_protocol: str = ""
+    """The same for the chat format, where the task has one."""
 
-    def __init__(self) -> None:
-        self._problems: list[Problem] | None = None
+    def __init__(self, setting: Setting | None = None) -> None:
+        self.setting = setting or Setting()
+        self.protocol = (self.setting.chat and self.chat_protocol) or self.protocol
         self.files: dict[str, str] = {}
         """SHA-256 of the content of every data file read, by name."""
 
-    def data_file(self, name: str, given: Path | None) -> DataFile:
+    def data_file(self, name: str) -> DataFile:
         """Find a data file and note its hash.
 
         Raises:
             ValueError: it is missing or wrong.
         """
-        found = data_file(name, given)
+        found = data_file(name, self.setting.data)
         self.files[name] = found.sha256
         return found
 
+    def other_rows(self, name: str) -> list[dict[str, Any]]:
+        """Rows of a file beside the one of the problems, which alone `--data FILE` replaces."""
+        given = self.setting.data
+        return data_file(name, given if given and given.is_dir() else None).rows()
+
     def load(self) -> Iterable[Problem]:
-        """Read the problems."""
-        raise NotImplementedError
+        """Read the problems, those for examples and checks alone included."""
+        for number, raw in enumerate(self.data_file(self.file).rows()):
+            row = self.read_row(raw)
+            fields = {**row, "number": number}
+            task_id = self.id_form.format_map(fields)
+            yield Problem(task_id, row, self.group_form.format_map(fields))
+
+    def read_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row of the file as the task uses it."""
+        return row
+
+    @cached_property
+    def all_problems(self) -> list[Problem]:
+        """What `load` reads, checked."""
+        problems = list(self.load())
+        seen: set[str] = set()
+        for problem in problems:
+            if problem.task_id in seen:
+                raise ValueError(f"{self.name}: problem {problem.task_id!r} occurs twice")
+            seen.add(problem.task_id)
+        if not any(map(self.is_asked, problems)):
+            raise ValueError(f"{self.name}: the data file holds no problems")
+        return problems
+
+    def is_asked(self, problem: Problem) -> bool:
+        """Whether the problem belongs to the benchmark."""
+        return True
 
     def problems(self) -> list[Problem]:
         """All problems, in the order of the file.
@@ -168,17 +237,7 @@ class Task:
         Raises:
             ValueError: a data file is missing or wrong, or an id occurs twice.
         """
-        if self._problems is None:
-            problems = list(self.load())
-            seen: set[str] = set()
-            for problem in problems:
-                if problem.task_id in seen:
-                    raise ValueError(f"{self.name}: problem {problem.task_id!r} occurs twice")
-                seen.add(problem.task_id)
-            if not problems:
-                raise ValueError(f"{self.name}: the data file holds no problems")
-            self._problems = problems
-        return self._problems
+        return list(filter(self.is_asked, self.all_problems))
 
     def prompt(self, problem: Problem) -> Prompt:
         """What the model is asked."""
@@ -194,11 +253,11 @@ class Task:
 
     def reference_problems(self) -> list[Problem]:
         """Those whose references are checked; may be more than are asked."""
-        return self.problems()
+        return self.all_problems
 
     def reference(self, problem: Problem) -> str | None:
         """A completion that must pass, where the benchmark has one."""
-        return None
+        return problem.row[self.reference_field] if self.reference_field else None
 
     def solution(self, problem: Problem, completion: str) -> str:
         """The whole program, as EvalPlus stores it."""
@@ -242,6 +301,3 @@ def stable_seed(*parts: object) -> int:
     """A whole number below 2^48 from these values."""
     text = "\0".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
-
-
-Loader = Callable[[], Task]

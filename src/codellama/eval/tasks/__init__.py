@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 
-from codellama.eval.judges import Judge
-from codellama.eval.task import Task
-from codellama.eval.tasks.apps import Apps
-from codellama.eval.tasks.context import BitsPerByte, Encoder, KeyRetrieval, PerplexityByPosition
-from codellama.eval.tasks.ds1000 import Ds1000
+from codellama.eval.task import Setting, Task
+from codellama.eval.tasks.context import BitsPerByte, KeyRetrieval, PerplexityByPosition
 from codellama.eval.tasks.humaneval import (
     INFILLING_FILES,
     HumanEval,
@@ -26,55 +22,20 @@ from codellama.eval.tasks.language import (
     XsTest,
 )
 from codellama.eval.tasks.lines import LINE_FILES, Docstrings, LineCompletion
-from codellama.eval.tasks.mbpp import Mbpp
 from codellama.eval.tasks.multipl_e import LANGUAGES, MultiplE, MultiplEInfilling
+from codellama.eval.tasks.python import Apps, Ds1000, Mbpp, MbppSanitized
 
-
-@dataclass(frozen=True)
-class Setting:
-    """What a task may be given beside its name."""
-
-    data: Path | None = None
-    chat: bool = False
-    """Ask in the chat format; for instruct models."""
-    tokenizer: Encoder | None = None
-    lengths: tuple[int, ...] = (8000, 16000, 24000)
-    """Of key retrieval, in tokens."""
-    judges: Mapping[str, Mapping[str, Judge]] = field(default_factory=dict)
-    """By task and measure."""
-
-
-def _table() -> dict[str, Callable[[Setting], Task]]:
-    makers: dict[str, Callable[[Setting], Task]] = {
-        "humaneval": lambda s: HumanEval(s.data, s.chat),
-        "humaneval+": lambda s: HumanEvalPlus(s.data, s.chat),
-        "mbpp": lambda s: Mbpp(s.data, s.chat),
-        "mbpp-sanitized": lambda s: Mbpp(s.data, s.chat, sanitized=True),
-        "apps": lambda s: Apps(s.data, s.chat),
-        "ds1000": lambda s: Ds1000(s.data, s.chat),
-        "docstrings": lambda s: Docstrings(s.data),
-        "gsm8k": lambda s: Gsm8k(s.data, s.chat),
-        "truthfulqa-mc": lambda s: TruthfulQaChoice(s.data),
-        "key-retrieval": lambda s: KeyRetrieval(s.tokenizer, s.lengths, s.data),
-        "perplexity": lambda s: PerplexityByPosition(s.data),
-        "bits-per-byte": lambda s: BitsPerByte(s.data),
-    }
-    for language in LANGUAGES:
-        makers[f"multipl-e-{language}"] = lambda s, of=language: MultiplE(of, s.data, s.chat)
-    for name in LINE_FILES:
-        makers[name] = lambda s, of=name: LineCompletion(of, s.data)
-    for order, spm in (("psm", False), ("spm", True)):
-        makers[f"multipl-e-infilling-{order}"] = lambda s, spm=spm: MultiplEInfilling(s.data, spm)
-        for kind in INFILLING_FILES:
-            makers[f"humaneval-{kind}-{order}"] = lambda s, kind=kind, spm=spm: HumanEvalInfilling(
-                kind, s.data, spm
-            )
-    for judged in (TruthfulQa, ToxiGen, Bold, XsTest):
-        makers[judged.name] = lambda s, of=judged: of(s.data, s.chat, s.judges.get(of.name))
-    return makers
-
-
-TASKS = _table()
+_PLAIN = (HumanEval, HumanEvalPlus, Mbpp, MbppSanitized, Apps, Ds1000, Docstrings, Gsm8k)
+_PLAIN += (TruthfulQaChoice, KeyRetrieval, PerplexityByPosition, BitsPerByte)
+TASKS: dict[str, Callable[[Setting], Task]] = {task.name: task for task in _PLAIN}
+TASKS |= {f"multipl-e-{language}": partial(MultiplE, language=language) for language in LANGUAGES}
+TASKS |= {name: partial(LineCompletion, name=name) for name in LINE_FILES}
+for _order, _spm in (("psm", False), ("spm", True)):
+    TASKS[f"multipl-e-infilling-{_order}"] = partial(MultiplEInfilling, suffix_first=_spm)
+    for _kind in INFILLING_FILES:
+        _task = partial(HumanEvalInfilling, kind=_kind, suffix_first=_spm)
+        TASKS[f"humaneval-{_kind}-{_order}"] = _task
+TASKS |= {task.name: task for task in (TruthfulQa, ToxiGen, Bold, XsTest)}
 
 # What the paper measures, in its order: task, samples a problem, temperature (0 is greedy).
 # The sampled runs of HumanEval are those of figure 6; the best temperature is reported for each k.

@@ -9,15 +9,24 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Iterable
 
-from codellama.eval.task import USUAL, Patience, Problem, Prompt, Task, Verdict, graded, random_for
+from codellama.eval.task import (
+    USUAL,
+    Patience,
+    Problem,
+    Prompt,
+    Setting,
+    Task,
+    Verdict,
+    graded,
+    random_for,
+)
 
 POSITIONS = (0.0, 0.2, 0.4)  # Code Llama paper, table 17
 N_EXAMPLES = 64  # a length and position, as there
 FILLER_FILE = "mbpp/mbpp.jsonl.gz"
+MAX_FILE_BYTES = 400_000  # of a long text
 PIECE_CHARS = 1500  # fits a context of 1,024 tokens with any vocabulary of source code
 _KEY = '''
 def my_function() -> int:
@@ -28,39 +37,21 @@ def my_function() -> int:
 _END = "\nassert my_function() == "
 
 
-class Encoder(Protocol):
-    """The part of a tokenizer that prompts of a given length need."""
-
-    def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """Ids of a text."""
-        ...
-
-
 class KeyRetrieval(Task):
     """A number returned by a function far back in the prompt."""
 
     name = "key-retrieval"
     protocol = "filler: MBPP reference solutions; 64 prompts a length and position"
 
-    def __init__(
-        self,
-        tokenizer: Encoder | None = None,
-        lengths: Sequence[int] = (8000, 16000, 24000),
-        data: Path | None = None,
-        n_examples: int = N_EXAMPLES,
-    ) -> None:
-        super().__init__()
-        self._tokenizer, self._lengths, self._data = tokenizer, lengths, data
-        self._n_examples = n_examples
-        self._filler: list[str] = []
+    n_examples = N_EXAMPLES
 
     def load(self) -> Iterable[Problem]:
         """One problem for each length, position and example."""
-        found = self.data_file(FILLER_FILE, self._data)
-        self._filler = [row["code"].replace("\r\n", "\n").strip() for row in found.rows()]
-        for length in self._lengths:
+        rows = self.data_file(FILLER_FILE).rows()
+        self._filler = [row["code"].replace("\r\n", "\n").strip() for row in rows]
+        for length in self.setting.lengths:
             for position in POSITIONS:
-                for number in range(self._n_examples):
+                for number in range(self.n_examples):
                     row = {"length": length, "position": position, "number": number}
                     task_id = f"KeyRetrieval/{length}/{position}/{number}"
                     yield Problem(task_id, row, f"{length}@{position}")
@@ -71,7 +62,7 @@ class KeyRetrieval(Task):
         Raises:
             ValueError: there is no tokenizer to count with.
         """
-        if self._tokenizer is None:
+        if self.setting.tokenizer is None:
             raise ValueError(f"{self.name}: asking needs a model's tokenizer")
         programs = list(self._filler)
         random_for("filler", problem.task_id).shuffle(programs)
@@ -99,8 +90,8 @@ class KeyRetrieval(Task):
         return str(random_for("value", problem.task_id).randint(10, 99))
 
     def _n_tokens(self, text: str) -> int:
-        assert self._tokenizer is not None
-        return len(self._tokenizer.encode(text))
+        assert self.setting.tokenizer
+        return len(self.setting.tokenizer.encode(text))
 
 
 class PerplexityByPosition(Task):
@@ -109,20 +100,16 @@ class PerplexityByPosition(Task):
     name = "perplexity"
     protocol = "files of --data, each up to the model's context; loss in nats a token"
 
-    def __init__(self, data: Path | None = None, max_chars: int = 400_000) -> None:
-        super().__init__()
-        self._data, self._max_chars = data, max_chars
-
     def load(self) -> Iterable[Problem]:
         """The text files of a folder, or one file."""
-        if self._data is None:
+        data = self.setting.data
+        if data is None:
             raise ValueError(f"{self.name}: name a file or folder of long texts with --data")
-        files = sorted(self._data.rglob("*")) if self._data.is_dir() else [self._data]
-        for file in files:
+        for file in sorted(data.rglob("*")) if data.is_dir() else [data]:
             if file.is_file() and not file.name.startswith("."):
-                text = file.read_bytes()[: self._max_chars].decode("utf-8", "ignore")
+                text = file.read_bytes()[:MAX_FILE_BYTES].decode("utf-8", "ignore")
                 if text.strip():
-                    name = str(file.relative_to(self._data)) if self._data.is_dir() else file.name
+                    name = str(file.relative_to(data)) if data.is_dir() else file.name
                     yield Problem(name, {"text": text})
 
     def prompt(self, problem: Problem) -> Prompt:
@@ -144,22 +131,22 @@ class BitsPerByte(Task):
 
     name = "bits-per-byte"
 
-    def __init__(self, data: Path | None = None) -> None:
-        super().__init__()
-        self._data = data
-        source = "texts of --data" if data else "HumanEval's prompts with their solutions"
+    def __init__(self, setting: Setting | None = None) -> None:
+        super().__init__(setting)
+        source = (
+            "texts of --data" if self.setting.data else "HumanEval's prompts with their solutions"
+        )
         self.protocol = f"{source}, in pieces of {PIECE_CHARS} characters at most"
 
     def load(self) -> Iterable[Problem]:
         """Pieces of texts, cut at lines."""
-        if self._data is None or (self._data.is_dir() and (self._data / "humaneval").is_dir()):
-            found = self.data_file("humaneval/HumanEval.jsonl.gz", self._data)
-            for row in found.rows():
-                text = row["prompt"] + row["canonical_solution"]
-                yield from _pieces(row["task_id"], text)
-            return
-        for problem in PerplexityByPosition(self._data).load():
-            yield from _pieces(problem.task_id, problem.row["text"])
+        data = self.setting.data
+        if data is None or (data / "humaneval").is_dir():
+            for row in self.data_file("humaneval/HumanEval.jsonl.gz").rows():
+                yield from _pieces(row["task_id"], row["prompt"] + row["canonical_solution"])
+        else:
+            for problem in PerplexityByPosition(self.setting).load():
+                yield from _pieces(problem.task_id, problem.row["text"])
 
     def prompt(self, problem: Problem) -> Prompt:
         """The piece."""

@@ -7,11 +7,19 @@ authors point (codellama issue 72); prompts are not stripped (issue 104).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from pathlib import Path
 
 from codellama.eval.execution import judge_python
-from codellama.eval.task import USUAL, Patience, Problem, Prompt, Task, Verdict, cut, fenced_code
+from codellama.eval.task import (
+    USUAL,
+    Patience,
+    Problem,
+    Prompt,
+    Setting,
+    Task,
+    Verdict,
+    cut,
+    fenced_code,
+)
 
 STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>")
 TIMEOUT_S = 3.0  # openai/human-eval's default; here it is processor time
@@ -31,63 +39,41 @@ class HumanEval(Task):
     """164 functions to be written from signature and docstring, zero-shot."""
 
     name = "humaneval"
-    runs_programs = True
     file = "humaneval/HumanEval.jsonl.gz"
+    id_form = "{task_id}"
+    reference_field = "canonical_solution"
+    protocol = "zero-shot, prompt as it is, stop strings of the BigCode harness"
+    chat_protocol = "zero-shot, chat format with our own question (the paper does not say)"
+    runs_programs = True
     timeout_s = TIMEOUT_S
-
-    def __init__(self, data: Path | None = None, chat: bool = False) -> None:
-        super().__init__()
-        self._data = data
-        self._chat = chat
-        self.protocol = (
-            "zero-shot, chat format with our own question (the paper does not say)"
-            if chat
-            else "zero-shot, prompt as it is, stop strings of the BigCode harness"
-        )
-
-    def load(self) -> Iterable[Problem]:
-        """Read the problems."""
-        found = self.data_file(self.file, self._data)
-        for row in found.rows():
-            yield Problem(row["task_id"], row)
 
     def prompt(self, problem: Problem) -> Prompt:
         """The header, or a question that holds it."""
         text = problem.row["prompt"]
-        if self._chat:
-            question = _ASK.format(prompt=text.strip())
-            return Prompt(messages=({"role": "user", "content": question},), max_tokens=1024)
+        if self.setting.chat:
+            return Prompt.question(_ASK.format(prompt=text.strip()), max_tokens=1024)
         return Prompt(text, stop=STOPS)
 
     def trim(self, problem: Problem, text: str) -> str:
         """Up to the first stop string; of a chat answer, its code."""
-        return self.completion(problem, fenced_code(text)) if self._chat else cut(text, STOPS)
+        if self.setting.chat:
+            return self.completion(problem, fenced_code(text))
+        return cut(text, STOPS)
 
     def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Run the benchmark's tests."""
-        return judge_python(
-            self.program(problem, completion),
-            self.tests(problem),
-            self.timeout_s,
-            patience,
-            self.setup(problem),
-        )
+        # Imports and functions before the one that is asked for; some tests call them.
+        setup = problem.row["prompt"].partition(f"def {problem.row['entry_point']}(")[0]
+        program, tests = self.program(problem, completion), self.tests(problem)
+        return judge_python(program, tests, self.timeout_s, patience, setup)
 
     def program(self, problem: Problem, completion: str) -> str:
         """What is run."""
         return problem.row["prompt"] + completion + "\n"
 
-    def setup(self, problem: Problem) -> str:
-        """Imports and functions before the one that is asked for; some tests call them."""
-        return problem.row["prompt"].partition(f"def {problem.row['entry_point']}(")[0]
-
     def tests(self, problem: Problem) -> str:
         """What decides."""
         return f"{problem.row['test']}\ncheck({problem.row['entry_point']})\n"
-
-    def reference(self, problem: Problem) -> str:
-        """The benchmark's own solution."""
-        return problem.row["canonical_solution"]
 
     def solution(self, problem: Problem, completion: str) -> str:
         """Header and body."""
@@ -156,8 +142,8 @@ for arguments in {inputs!r}:
 class HumanEvalInfilling(HumanEval):
     """HumanEval solutions with a gap: a line, some lines, or any run of characters."""
 
-    def __init__(self, kind: str, data: Path | None = None, suffix_first: bool = False) -> None:
-        super().__init__(data)
+    def __init__(self, setting: Setting | None, kind: str, suffix_first: bool = False) -> None:
+        super().__init__(setting)
         order = "SPM" if suffix_first else "PSM"
         self.name = f"humaneval-{kind}-{order.lower()}"
         self.file = f"humaneval-infilling/HumanEval-{INFILLING_FILES[kind]}.jsonl.gz"

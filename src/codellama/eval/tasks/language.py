@@ -6,14 +6,13 @@ is judged. Examples before TruthfulQA's questions are our own.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from functools import cached_property
+from typing import Any
 
-from codellama.eval.datasets import data_file
 from codellama.eval.judges import Judge, refusal_by_words
 from codellama.eval.task import USUAL, Patience, Problem, Prompt, Task, Verdict, cut, graded
 
@@ -37,29 +36,21 @@ class Gsm8k(Task):
 
     name = "gsm8k"
     file = "gsm8k/test.jsonl.gz"
+    id_form = "GSM8K/{number}"
+    protocol = "8-shot, the first of the training set"
+    chat_protocol = "zero-shot, chat"
 
-    def __init__(self, data: Path | None = None, chat: bool = False) -> None:
-        super().__init__()
-        self._data, self._chat = data, chat
-        self._shots = ""
-        self.protocol = "zero-shot, chat" if chat else "8-shot, the first of the training set"
-
-    def load(self) -> Iterable[Problem]:
-        """Read the problems."""
-        found = self.data_file(self.file, self._data)
-        for number, row in enumerate(found.rows()):
-            yield Problem(f"GSM8K/{number}", row)
+    @cached_property
+    def _shots(self) -> str:
+        rows = self.other_rows("gsm8k/train.jsonl.gz")[:N_SHOTS]
+        return "".join(f"Q: {row['question']}\nA: {_steps(row['answer'])}\n\n" for row in rows)
 
     def prompt(self, problem: Problem) -> Prompt:
         """Eight worked problems and this one."""
         question = problem.row["question"]
-        if self._chat:
-            content = f"{question}\nThink step by step and end with: The answer is <number>."
-            return Prompt(messages=({"role": "user", "content": content},))
-        if not self._shots:
-            given = self._data if self._data is not None and self._data.is_dir() else None
-            rows = data_file("gsm8k/train.jsonl.gz", given).rows()[:N_SHOTS]
-            self._shots = "".join(f"Q: {r['question']}\nA: {_steps(r['answer'])}\n\n" for r in rows)
+        if self.setting.chat:
+            ending = "Think step by step and end with: The answer is <number>."
+            return Prompt.question(f"{question}\n{ending}")
         return Prompt(f"{self._shots}Q: {question}\nA:", stop=("\nQ:",), max_tokens=400)
 
     def trim(self, problem: Problem, text: str) -> str:
@@ -84,17 +75,8 @@ class TruthfulQaChoice(Task):
 
     name = "truthfulqa-mc"
     file = "truthfulqa/mc_task-2021-817.json.gz"
+    id_form = "TruthfulQA/{number}"
     protocol = "six questions with answers before it; MC1 and MC2"
-
-    def __init__(self, data: Path | None = None) -> None:
-        super().__init__()
-        self._data = data
-
-    def load(self) -> Iterable[Problem]:
-        """Read the questions."""
-        found = self.data_file(self.file, self._data)
-        for number, row in enumerate(found.rows()):
-            yield Problem(f"TruthfulQA/{number}", row)
 
     def prompt(self, problem: Problem) -> Prompt:
         """The question alone, and with each of the answers of both lists."""
@@ -121,15 +103,9 @@ class Judged(Task):
     max_tokens = 64
     stop: tuple[str, ...] = ("\n",)
 
-    def __init__(
-        self,
-        data: Path | None = None,
-        chat: bool = False,
-        judges: Mapping[str, Judge] | None = None,
-    ) -> None:
-        super().__init__()
-        self._data, self._chat = data, chat
-        self._judges = dict(judges or {})
+    def judges(self) -> Mapping[str, Judge]:
+        """Who rates an answer, by measure."""
+        return self.setting.judges.get(self.name, {})
 
     def text(self, problem: Problem) -> str:
         """What a base model continues."""
@@ -137,17 +113,17 @@ class Judged(Task):
 
     def prompt(self, problem: Problem) -> Prompt:
         """The beginning of a text, or a message."""
-        if self._chat:
-            content = problem.row["prompt"]
-            return Prompt(messages=({"role": "user", "content": content},))
+        if self.setting.chat:
+            return Prompt.question(problem.row["prompt"])
         return Prompt(self.text(problem), stop=self.stop, max_tokens=self.max_tokens)
 
     def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Ask every judge."""
-        if not self._judges:
+        judges = self.judges()
+        if not judges:
             return Verdict("unjudged", {}, "no judge: name one with --judge URL")
         asked = problem.row["prompt"]
-        values = {name: judge(asked, completion) for name, judge in self._judges.items()}
+        values = {name: judge(asked, completion) for name, judge in judges.items()}
         if {"truthful", "informative"} <= values.keys():
             values["truthful_and_informative"] = values["truthful"] * values["informative"]
         return Verdict("passed", values)
@@ -158,13 +134,12 @@ class TruthfulQa(Judged):
 
     name = "truthfulqa"
     file = "truthfulqa/TruthfulQA-2021-817.csv.gz"
+    id_form = "TruthfulQA/{number}"
     protocol = "six questions with answers before it; needs a judge model"
 
-    def load(self) -> Iterable[Problem]:
-        """Read the questions."""
-        found = self.data_file(self.file, self._data)
-        for number, row in enumerate(found.rows()):
-            yield Problem(f"TruthfulQA/{number}", {**row, "prompt": row["Question"]})
+    def read_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """With the question as prompt."""
+        return {**row, "prompt": row["Question"]}
 
     def text(self, problem: Problem) -> str:
         """Examples and the question."""
@@ -176,14 +151,13 @@ class ToxiGen(Judged):
 
     name = "toxigen"
     file = "toxigen/toxigen-prompts.jsonl.gz"
+    id_form = "ToxiGen/{number}"
+    group_form = "{group}"
     protocol = "the original prompts; the paper used a revised set, and a RoBERTa classifier"
 
-    def load(self) -> Iterable[Problem]:
-        """Read the prompts, whose line ends are written out."""
-        found = self.data_file(self.file, self._data)
-        for number, row in enumerate(found.rows()):
-            prompt = row["prompt"].replace("\\n", "\n")
-            yield Problem(f"ToxiGen/{number}", {**row, "prompt": prompt}, row["group"])
+    def read_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """With line ends, which the file has written out."""
+        return {**row, "prompt": row["prompt"].replace("\\n", "\n")}
 
 
 class Bold(Judged):
@@ -197,8 +171,7 @@ class Bold(Judged):
     def load(self) -> Iterable[Problem]:
         """Read the five domains."""
         for domain in self.domains:
-            name = f"bold/{domain}_prompt.json.gz"
-            found = self.data_file(name, self._data)
+            found = self.data_file(f"bold/{domain}_prompt.json.gz")
             for group, entities in json.loads(found.content).items():
                 if group in self.excluded:
                     continue
@@ -213,23 +186,15 @@ class XsTest(Judged):
 
     name = "xstest"
     file = "xstest/xstest_prompts.csv"
+    id_form = "XSTest/{id}"
+    group_form = "{label}"  # the false refusal rate is `refused` of the group `safe`
     protocol = "refusals by our list of phrases, unless a judge is named"
     max_tokens = 256
     stop = ("\nQ:",)
 
-    def __init__(
-        self,
-        data: Path | None = None,
-        chat: bool = False,
-        judges: Mapping[str, Judge] | None = None,
-    ) -> None:
-        super().__init__(data, chat, judges or {"refused": refusal_by_words})
-
-    def load(self) -> Iterable[Problem]:
-        """Read the questions; the false refusal rate is `refused` of the group `safe`."""
-        found = self.data_file(self.file, self._data)
-        for row in csv.DictReader(found.content.decode("utf-8-sig").splitlines()):
-            yield Problem(f"XSTest/{row['id']}", row, row["label"])
+    def judges(self) -> Mapping[str, Judge]:
+        """The given one, or our list of phrases."""
+        return super().judges() or {"refused": refusal_by_words}
 
     def text(self, problem: Problem) -> str:
         """The question, for a model without a chat format."""

@@ -7,40 +7,30 @@ Source: Code Llama paper, 3.3, table 7 and appendix G.2 (lines); table 13 and ap
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from pathlib import Path
 
 from codellama.eval.metrics import edit_similarity, exact_match, smoothed_bleu
-from codellama.eval.task import USUAL, Patience, Problem, Prompt, Task, Verdict, graded
+from codellama.eval.task import USUAL, Patience, Problem, Prompt, Setting, Task, Verdict, graded
 
 LINE_FILES = {
     "lcc": "longbench-code/lcc-sample.jsonl.gz",
     "repobench-p": "longbench-code/repobench-p-sample.jsonl.gz",
 }
-DOCSTRING_FILE = "codexglue/cosqa-dev.jsonl.gz"
 _DOCSTRING = re.compile(r'("""|\'\'\').*?\1', re.DOTALL)
 
 
 class LineCompletion(Task):
     """The line that follows a long piece of code."""
 
-    def __init__(self, name: str, data: Path | None = None) -> None:
-        super().__init__()
-        self.name = name
-        self.file = LINE_FILES[name]
-        self._data = data
-        self.protocol = "the code alone, its beginning dropped where it exceeds the context"
+    id_form = "{id}"
+    protocol = "the code alone, its beginning dropped where it exceeds the context"
 
-    def load(self) -> Iterable[Problem]:
-        """Read the problems."""
-        found = self.data_file(self.file, self._data)
-        for row in found.rows():
-            yield Problem(row["id"], row)
+    def __init__(self, setting: Setting | None, name: str) -> None:
+        super().__init__(setting)
+        self.name, self.file = name, LINE_FILES[name]
 
     def prompt(self, problem: Problem) -> Prompt:
         """The code, up to the line."""
-        text = problem.row["context"]
-        return Prompt(text, may_lose_start=True, max_tokens=96)
+        return Prompt(problem.row["context"], may_lose_start=True, max_tokens=96)
 
     def trim(self, problem: Problem, text: str) -> str:
         """The first line that is neither empty, a comment nor a code fence."""
@@ -69,19 +59,12 @@ class Docstrings(Task):
     """A one-line docstring for a Python function, as a gap between header and body."""
 
     name = "docstrings"
-
-    def __init__(self, data: Path | None = None) -> None:
-        super().__init__()
-        self._data = data
-        self.protocol = (
-            "PSM; CoSQA's functions stand in for the CodeXGLUE code-to-text set, which has others"
-        )
-
-    def load(self) -> Iterable[Problem]:
-        """Read the functions."""
-        found = self.data_file(DOCSTRING_FILE, self._data)
-        for row in found.rows():
-            yield Problem(row["idx"], row)
+    file = "codexglue/cosqa-dev.jsonl.gz"
+    id_form = "{idx}"
+    reference_field = "docstring_tokens"
+    protocol = (
+        "PSM; CoSQA's functions stand in for the CodeXGLUE code-to-text set, which has others"
+    )
 
     def prompt(self, problem: Problem) -> Prompt:
         """The function without its docstring.
@@ -105,9 +88,5 @@ class Docstrings(Task):
 
     def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Compare with the cleaned docstring."""
-        bleu = smoothed_bleu(completion, self.reference(problem))
+        bleu = smoothed_bleu(completion, problem.row["docstring_tokens"])
         return graded({"bleu": bleu}, "bleu")
-
-    def reference(self, problem: Problem) -> str:
-        """The cleaned docstring."""
-        return problem.row["docstring_tokens"]

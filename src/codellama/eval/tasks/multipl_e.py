@@ -6,10 +6,8 @@ SantaCoder's (arXiv 2301.03988).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from functools import cached_property
 
-from codellama.eval.datasets import data_file
 from codellama.eval.execution import judge_python, missing_toolchain, run_program
 from codellama.eval.metrics import exact_match
 from codellama.eval.task import (
@@ -17,6 +15,7 @@ from codellama.eval.task import (
     Patience,
     Problem,
     Prompt,
+    Setting,
     Task,
     Verdict,
     cut,
@@ -45,33 +44,28 @@ _ASK = (
 class MultiplE(Task):
     """HumanEval translated to one language, the "reworded" prompts."""
 
+    id_form = "{name}"
+    protocol = "zero-shot"
+    chat_protocol = "zero-shot, chat format with our own question"
     runs_programs = True
 
-    def __init__(self, language: str, data: Path | None = None, chat: bool = False) -> None:
-        super().__init__()
+    def __init__(self, setting: Setting | None, language: str) -> None:
+        super().__init__(setting)
         self.name = f"multipl-e-{language}"
         self.file = f"multipl-e/humaneval-{language}-reworded.jsonl.gz"
-        self._language, self._data, self._chat = language, data, chat
-        self._solutions: dict[str, str] | None = None
-        self.protocol = "zero-shot" + (", chat format with our own question" if chat else "")
-
-    def load(self) -> Iterable[Problem]:
-        """Read the problems."""
-        found = self.data_file(self.file, self._data)
-        for row in found.rows():
-            yield Problem(row["name"], row)
+        self._language = language
 
     def prompt(self, problem: Problem) -> Prompt:
         """The header in the language, or a question that holds it."""
         text = problem.row["prompt"]
-        if self._chat:
+        if self.setting.chat:
             question = _ASK.format(language=LANGUAGES[self._language], prompt=text)
-            return Prompt(messages=({"role": "user", "content": question},), max_tokens=1024)
+            return Prompt.question(question, max_tokens=1024)
         return Prompt(text, stop=tuple(problem.row["stop_tokens"]))
 
     def trim(self, problem: Problem, text: str) -> str:
         """Up to the first stop token of the language."""
-        if self._chat:
+        if self.setting.chat:
             code = fenced_code(text)
             header = problem.row["prompt"].rstrip().rpartition("\n")[2].strip()
             text = code.partition(header)[2] if header and header in code else code
@@ -91,25 +85,28 @@ class MultiplE(Task):
 
     def reference(self, problem: Problem) -> str | None:
         """A model's correct solution, put together from the infilling file."""
-        if self._language not in ("java", "js", "py"):
-            return None
-        if self._solutions is None:
-            given = self._data if self._data is None or self._data.is_dir() else None
-            self._solutions = {}
-            for row in data_file(INFILLING_FILE, given).rows():
-                name = row["name"].removeprefix("humaneval-").partition(".json")[0]
-                if row["language"] == self._language:
-                    self._solutions.setdefault(name, _whole(row, row["canonical_solution"]))
         whole = self._solutions.get(problem.task_id, "")
         # The infilling prompts were translated at another time; some differ in a comment.
         header = problem.row["prompt"].rstrip().rpartition("\n")[2]
         if self._language == "py":
-            header = f"def {self._function(problem)}("
+            header = f"def {problem.task_id.split('_', 2)[2]}("
             _, found, rest = whole.partition(header)
             return f"    pass\n{header}{rest}" if found else None
         _, found, rest = whole.partition(header)
         # The tests close what the solution leaves open.
         return cut(rest, problem.row["stop_tokens"]) if found else None
+
+    @cached_property
+    def _solutions(self) -> dict[str, str]:
+        """The first whole program of each problem, where the infilling file has the language."""
+        if self._language not in ("java", "js", "py"):
+            return {}
+        solutions: dict[str, str] = {}
+        for row in self.other_rows(INFILLING_FILE):
+            if row["language"] == self._language:
+                name = row["name"].removeprefix("humaneval-").partition(".json")[0]
+                solutions.setdefault(name, _whole(row, row["canonical_solution"]))
+        return solutions
 
     def solution(self, problem: Problem, completion: str) -> str:
         """Header and body."""
@@ -119,25 +116,21 @@ class MultiplE(Task):
         """The missing compiler or interpreter."""
         return missing_toolchain(LANGUAGES[self._language])
 
-    def _function(self, problem: Problem) -> str:
-        return problem.task_id.split("_", 2)[2]
-
 
 class MultiplEInfilling(Task):
     """One missing line in Java, JavaScript and Python; exact match."""
 
-    def __init__(self, data: Path | None = None, suffix_first: bool = False) -> None:
-        super().__init__()
+    file = INFILLING_FILE
+    id_form = "{language}/{name}"  # names occur once a language
+    group_form = "{language}"
+    reference_field = "canonical_solution"
+
+    def __init__(self, setting: Setting | None, suffix_first: bool = False) -> None:
+        super().__init__(setting)
         order = "SPM" if suffix_first else "PSM"
         self.name = f"multipl-e-infilling-{order.lower()}"
-        self._data, self._suffix_first = data, suffix_first
+        self._suffix_first = suffix_first
         self.protocol = f"{order}, first line that is not empty, white space around it ignored"
-
-    def load(self) -> Iterable[Problem]:
-        """Read the gaps; names occur once a language."""
-        found = self.data_file(INFILLING_FILE, self._data)
-        for row in found.rows():
-            yield Problem(f"{row['language']}/{row['name']}", row, row["language"])
 
     def prompt(self, problem: Problem) -> Prompt:
         """The gap."""
@@ -150,11 +143,8 @@ class MultiplEInfilling(Task):
 
     def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Compare with the line that was there."""
-        return graded({"exact_match": exact_match(completion, self.reference(problem))})
-
-    def reference(self, problem: Problem) -> str:
-        """The line that was there."""
-        return problem.row["canonical_solution"]
+        line = problem.row["canonical_solution"]
+        return graded({"exact_match": exact_match(completion, line)})
 
 
 def _whole(row: dict[str, str], line: str) -> str:
