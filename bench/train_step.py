@@ -27,7 +27,7 @@ from codellama.data.loader import Batch
 from codellama.model.config import ModelConfig
 from codellama.model.transformer import Transformer
 from codellama.recipe import Stage
-from codellama.train.loop import LossFunction
+from codellama.train.loss import LossFunction
 from codellama.train.metrics import matrix_flops_per_s
 from codellama.train.optim import make_optimizer
 

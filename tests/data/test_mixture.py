@@ -7,8 +7,11 @@ from collections import Counter
 import pytest
 from loader_inputs import TextList, make_texts
 
-from codellama.data.mixture import Dialogs, mixture_report
+from codellama.artifact import new_folder, write_manifest
+from codellama.data.corpus import KIND, SCHEMA, ShardWriter, corpus_documents
+from codellama.data.mixture import Dialogs, by_kinds, chosen, mixture_report, open_mixture
 from codellama.data.packing import Lane, LaneState, PackingSettings, Share
+from codellama.recipe import Collection
 from codellama.tokenizer import Tokenizer
 
 SETTINGS = PackingSettings(seq_len=64)
@@ -17,6 +20,18 @@ SETTINGS = PackingSettings(seq_len=64)
 @pytest.fixture(scope="module")
 def chat_tokenizer(small_tokenizer):
     return Tokenizer(small_tokenizer.file, "inst", infilling=True)
+
+
+def write_corpus(folder, rows):
+    """rows: (text, source, language, and if it matters kind)."""
+    with new_folder(folder) as target:
+        writer = ShardWriter(target, "train")
+        for row in rows:
+            values = dict(zip(("text", "source", "language", "kind"), row, strict=False))
+            values |= {"n_bytes": 2, "sha256": row[0], "split": "train"}
+            writer.add(dict.fromkeys(SCHEMA.names, "x") | values)
+        writer.close()
+        write_manifest(target, KIND, shards=writer.shards, fingerprint="")
 
 
 def collections(*weights):
@@ -137,7 +152,7 @@ def test_lines_that_are_no_dialogs(tmp_path, line):
 
 
 @pytest.mark.parametrize(
-    ("chosen", "wanted"),
+    ("settings", "wanted"),
     [
         ({}, {"a1", "a2", "b1"}),
         ({"sources": ("a",)}, {"a1", "a2"}),
@@ -145,28 +160,29 @@ def test_lines_that_are_no_dialogs(tmp_path, line):
         ({"languages": ("java",)}, set()),
     ],
 )
-def test_collections_of_a_corpus(tmp_path, chosen, wanted):
-    from codellama.artifact import new_folder, write_manifest
-    from codellama.data.corpus import KIND, SCHEMA, ShardWriter
-    from codellama.data.mixture import Selected, corpus_documents, open_mixture
-    from codellama.recipe import Collection
-
+def test_collections_of_a_corpus(tmp_path, settings, wanted):
     rows = (("a1", "a", "python"), ("a2", "a", "c"), ("b1", "b", "python"))
-    with new_folder(tmp_path / "corpus") as folder:
-        writer = ShardWriter(folder, "train")
-        for text, source, language in rows:
-            row = dict.fromkeys(SCHEMA.names, "x") | {"text": text, "n_bytes": 2, "sha256": text}
-            writer.add(row | {"source": source, "language": language, "split": "train"})
-        writer.close()
-        write_manifest(folder, KIND, shards=writer.shards, fingerprint="")
-    collection = Collection(**chosen)
-    selected = Selected(corpus_documents(tmp_path / "corpus", "train"), collection)
+    write_corpus(tmp_path / "corpus", rows)
+    collection = Collection(**settings)
+    selected = chosen(corpus_documents(tmp_path / "corpus", "train"), collection)
     assert {selected.text(i) for i in range(len(selected))} == wanted
     assert {selected.sha256(i) for i in range(len(selected))} == wanted
     shares = open_mixture(tmp_path / "corpus", {"mine": collection}, {"mine": 3.0})
     assert [(share.name, share.weight) for share in shares] == [("collection 'mine'", 3.0)]
     with pytest.raises(ValueError, match="no collection 'other'; the recipe has mine"):
         open_mixture(tmp_path / "corpus", {"mine": collection}, {"other": 1.0})
+
+
+def test_kinds_of_a_corpus(tmp_path):
+    rows = [
+        ("p", "s", "python", "code"),
+        ("c", "s", "c", "code"),
+        ("r", "s", "python", "code-text"),
+    ]
+    write_corpus(tmp_path / "corpus", [*rows, ("t", "s", "text", "text")])
+    found = by_kinds(corpus_documents(tmp_path / "corpus", "train"))
+    texts = {name: {part.text(i) for i in range(len(part))} for name, part in found.items()}
+    assert texts == {"python": {"p"}, "other_code": {"c"}, "text": {"r", "t"}}
 
 
 def test_missing_files_and_collections(tmp_path, small_tokenizer):

@@ -23,7 +23,8 @@ from codellama.model.transformer import Transformer
 from codellama.recipe import load_recipe
 from codellama.tokenizer import Tokenizer
 from codellama.train import loop, train
-from codellama.train.loop import LossFunction, packing_settings
+from codellama.train.loop import packing_settings
+from codellama.train.loss import LossFunction, can_compile
 from codellama.train.start import prepared
 
 GOLDEN = Path(__file__).parent / "golden_loss.json"
@@ -495,7 +496,7 @@ def test_traced_loss_equals_the_plain_one(unbroken, model, document_mask, monkey
     wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     compile_ = torch.compile
-    monkeypatch.setattr(loop, "can_compile", lambda: True)
+    monkeypatch.setattr("codellama.train.loss.can_compile", lambda: True)
     monkeypatch.setattr(
         torch, "compile", lambda f, **options: compile_(f, backend="aot_eager", **options)
     )
@@ -508,7 +509,7 @@ def test_traced_loss_equals_the_plain_one(unbroken, model, document_mask, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not loop.can_compile(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
 def test_compiled_run(run_in_children, unbroken, work):
     overrides = ["stages.code.compile=true", "stages.code.steps=6", "stages.code.validate_every=99"]
     killed, last = run_in_children(

@@ -25,22 +25,10 @@ WHOLE_CORPUS = "corpus"
 
 
 class Selected:
-    """The documents of a corpus that a collection names."""
+    """Some of the documents of a corpus. fits: one bool for each."""
 
-    def __init__(self, reader: CorpusReader, collection: Collection) -> None:
-        wanted = {
-            column: set(values)
-            for column, values in (
-                ("source", collection.sources),
-                ("kind", collection.kinds),
-                ("language", collection.languages),
-            )
-            if values
-        }
+    def __init__(self, reader: CorpusReader, fits: Any) -> None:
         self._reader = reader
-        fits = np.ones(len(reader), dtype=bool)
-        for column, values in wanted.items():
-            fits &= np.array([value in values for value in reader.column(column)], dtype=bool)
         self._indices = np.flatnonzero(fits)
 
     def __len__(self) -> int:
@@ -53,6 +41,28 @@ class Selected:
     def sha256(self, index: int) -> str:
         """Hexadecimal SHA-256 of a document's text."""
         return self._reader.sha256(int(self._indices[index]))
+
+
+def chosen(reader: CorpusReader, collection: Collection) -> Selected:
+    """The documents of a corpus that a collection names."""
+    fits = np.ones(len(reader), dtype=bool)
+    for column, values in (
+        ("source", collection.sources),
+        ("kind", collection.kinds),
+        ("language", collection.languages),
+    ):
+        if values:
+            fits &= np.array([value in values for value in reader.column(column)], dtype=bool)
+    return Selected(reader, fits)
+
+
+def by_kinds(reader: CorpusReader) -> dict[str, Selected]:
+    """Python, other code, and everything else, as the paper's mixtures tell them apart."""
+    is_code = np.array([kind == "code" for kind in reader.column("kind")], dtype=bool)
+    are_python = [language == "python" for language in reader.column("language")]
+    is_python = is_code & np.array(are_python, dtype=bool)
+    fits = {"python": is_python, "other_code": is_code & ~is_python, "text": ~is_code}
+    return {name: Selected(reader, mask) for name, mask in fits.items()}
 
 
 class Dialogs:
@@ -123,7 +133,7 @@ def open_mixture(
             documents = Dialogs(collection.dialogs)
         else:
             reader = reader or corpus_documents(corpus_dir, split)
-            documents = Selected(reader, collection)
+            documents = chosen(reader, collection)
         shares.append(Share(f"collection {name!r}", documents, weight, bool(collection.dialogs)))
     return tuple(shares)
 

@@ -12,8 +12,6 @@ It deliberately has no callbacks and no trainer object; parallelism is applied f
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -28,16 +26,15 @@ from torch import Tensor
 from codellama.artifact import write_file
 from codellama.data.corpus import CorpusReader, corpus_documents
 from codellama.data.loader import Batch, Loader
-from codellama.data.mixture import mixture_report, open_mixture
-from codellama.data.packing import Lane, LaneState, PackingSettings, Share
-from codellama.model.attention import causal, within_documents
+from codellama.data.mixture import by_kinds, mixture_report, open_mixture
+from codellama.data.packing import Documents, Lane, LaneState, PackingSettings, Share
 from codellama.model.checkpoint import DTYPES, save_checkpoint
 from codellama.model.lora import merged_state, save_adapter
 from codellama.model.transformer import Transformer
 from codellama.recipe import Recipe, Stage
 from codellama.tokenizer import Tokenizer
 from codellama.train.health import Health
-from codellama.train.loss import chunk_loss, linear_cross_entropy
+from codellama.train.loss import LossFunction
 from codellama.train.metrics import MetricsLog, draw_curve, matrix_flops_per_s
 from codellama.train.optim import learning_rate, make_optimizer
 from codellama.train.parallel import (
@@ -216,14 +213,13 @@ def _take_steps(run: Run, forward: Callable[..., Tensor], shares: Shares) -> Non
     """Take optimiser steps to the end of the stage."""
     stage, layout = run.stage, run.layout
     device = str(next(run.model.parameters()).device)
-    peak = matrix_flops_per_s(device, DTYPES[stage.dtype])
+    peak = matrix_flops_per_s(device, DTYPES[stage.dtype]) * layout.n_ranks
     flops_per_token = run.model.config.train_flops_per_token(stage.seq_len)
     if len(run.held_out) == 0:
         warn(layout, "the corpus has no held-out documents: no validation")
     log = MetricsLog(run.folder, run.step, layout.is_main)
     has_gone_back = False  # since the last step that was taken
-    is_first = True
-    stepping_s = 0.0  # time in steps, without the first one: it starts workers and compiles
+    first_s, stepping_s = None, 0.0  # the first step starts workers and compiles: not counted
     last = time.perf_counter()
     try:
         with Progress(stage.steps, run.step, layout.is_main) as progress:
@@ -239,8 +235,7 @@ def _take_steps(run: Run, forward: Callable[..., Tensor], shares: Shares) -> Non
                     has_gone_back = False
                 run.optimizer.zero_grad(set_to_none=True)
                 took = time.perf_counter() - last
-                stepping_s += 0 if is_first else took
-                is_first = False
+                first_s, stepping_s = first_s or took, stepping_s + (took if first_s else 0)
                 speed = stage.batch_tokens / took
                 run.step += 1
                 row: dict[str, Any] = {
@@ -251,48 +246,68 @@ def _take_steps(run: Run, forward: Callable[..., Tensor], shares: Shares) -> Non
                     "skipped": problem is not None,
                     "tokens": run.step * stage.batch_tokens,
                     "tokens_per_s": round(speed, 1),
-                    "mfu": round(speed * flops_per_token / (peak * layout.n_ranks), 4),
+                    "mfu": round(speed * flops_per_token / peak, 4),
                     "stall_share": round(run.loader.stall_s / stepping_s, 5) if stepping_s else 0.0,
                 }
                 log.write(row)
                 progress.update(row)
                 if problem is not None:
                     _note_skipped(run, problem, before, shares)
-                    if run.health.n_skipped == MAX_SKIPPED_STEPS:
-                        if has_gone_back or not run.resume(keep_place=True):
-                            raise ValueError(
-                                f"{MAX_SKIPPED_STEPS} steps in a row not taken: {problem}; "
-                                f"the train states in {run.folder / 'states'} are from before; "
-                                "lower peak_lr, or raise max_spike_sigmas"
-                            )
-                        has_gone_back = True
-                        run.health.n_skipped = 0
-                        warn(layout, f"back to step {run.step}, behind that data")
-                        log.close()
-                        log = MetricsLog(run.folder, run.step, layout.is_main)
-                        run.save()
-                        last = time.perf_counter()
-                        continue
-                if run.step % stage.validate_every == 0 or run.step == stage.steps:
-                    if len(run.held_out) > 0:
-                        with gathered(run.model):
-                            result = validate(run.model, run.tokenizer, run.held_out, stage)
-                        log.write({"step": run.step, **result})
-                        progress.note(run.step, result)
+                if run.health.n_skipped == MAX_SKIPPED_STEPS:
+                    _go_back(run, log, problem, has_gone_back)
+                    has_gone_back = True
+                    last = time.perf_counter()
+                    continue
+                is_last = run.step == stage.steps
+                if run.step % stage.validate_every == 0 or is_last:
+                    result = _validate(run, by_kind=is_last)
+                    log.write({"step": run.step, **result})
+                    progress.note(run.step, result)
                     _draw(run)
                 # Not among skipped steps: the way back leads to a state from before them.
                 due = run.step % stage.save_every == 0 and problem is None
                 is_stopping = any_rank(bool(run.stop), layout)
-                if due or run.step == stage.steps or is_stopping:
+                if due or is_last or is_stopping:
                     run.save()
                 last = time.perf_counter()
-                if is_stopping and run.step < stage.steps:
+                if is_stopping and not is_last:
                     raise TrainingStopped(
                         f"stopped at step {run.step} of {stage.steps}; the same command continues"
                     )
     finally:
         log.close()
         _draw(run)
+
+
+def _go_back(run: Run, log: MetricsLog, problem: str | None, is_second_time: bool) -> None:
+    """Continue from the last train state, behind the data that could not be learned from.
+
+    Raises:
+        ValueError: it was tried before and did not help, or there is no state.
+    """
+    if is_second_time or not run.resume(keep_place=True):
+        raise ValueError(
+            f"{MAX_SKIPPED_STEPS} steps in a row not taken: {problem}; the train states in "
+            f"{run.folder / 'states'} are from before; lower peak_lr, or raise max_spike_sigmas"
+        )
+    run.health.n_skipped = 0
+    warn(run.layout, f"back to step {run.step}, behind that data")
+    log.rewind(run.step)
+    run.save()
+
+
+def _validate(run: Run, by_kind: bool) -> dict[str, float]:
+    """Score the held-out documents; at the end of a stage also each kind of them alone."""
+    parts: dict[str, Documents] = {"": run.held_out}
+    if by_kind and len(run.held_out) > 0:
+        parts |= {f"_{name}": found for name, found in by_kinds(run.held_out).items()}
+    result: dict[str, float] = {}
+    with gathered(run.model):
+        for name, documents in parts.items():
+            if len(documents) > 0:
+                scores = validate(run.model, run.tokenizer, documents, run.stage)
+                result |= {key + name: value for key, value in scores.items()}
+    return result
 
 
 def _gradients(
@@ -333,48 +348,6 @@ def _note_skipped(run: Run, problem: str, before: list[LaneState], shares: Share
     row = {"step": run.step, "reason": problem, "documents": documents}
     with (run.folder / "skipped.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-
-
-class LossFunction:
-    """Batch to loss: compiled where a C++ compiler exists, in the stage's precision."""
-
-    def __init__(self, model: Transformer, stage: Stage, may_compile: bool = True) -> None:
-        self._model = model
-        self._dtype = DTYPES[stage.dtype]
-        self._document_mask = stage.document_mask
-        self._hidden: Any = model.model
-        self._chunk: Any = chunk_loss
-        if stage.compile and may_compile and can_compile():
-            self._hidden = torch.compile(self._decode, dynamic=False)
-            self._chunk = torch.compile(chunk_loss)
-        else:
-            self._hidden = self._decode
-
-    def _decode(self, tokens: Tensor, positions: Tensor, document_ids: Tensor) -> Tensor:
-        if self._document_mask:
-            return self._model.model(tokens, positions, within_documents(document_ids))
-        # What attends across documents needs positions that do not start again in each.
-        through = torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
-        return self._model.model(tokens, through, causal)
-
-    def __call__(self, batch: Batch, weights: Tensor) -> Tensor:
-        """The weighted sum of the batch's losses. weights: [B, T] float32."""
-        device = batch.tokens.device.type
-        with torch.autocast(device, self._dtype, enabled=self._dtype != torch.float32):
-            hidden = self._hidden(batch.tokens, batch.positions, batch.document_ids)
-        return linear_cross_entropy(
-            hidden.flatten(0, 1),
-            self._model.lm_head.weight,
-            batch.targets.flatten(),
-            weights.flatten(),
-            self._dtype,
-            self._chunk,
-        )
-
-
-def can_compile() -> bool:
-    """Whether torch.compile can build code for the CPU here: it needs a C++ compiler."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def warn(layout: Layout, message: str) -> None:

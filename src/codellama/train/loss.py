@@ -8,12 +8,20 @@ chunk of them stays in the processor's cache. Measured on two cores (docs/result
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from codellama.data.loader import Batch
+from codellama.model.attention import causal, within_documents
+from codellama.model.checkpoint import DTYPES
+from codellama.model.transformer import Transformer
+from codellama.recipe import Stage
 
 CHUNK_TOKENS = 1024  # 512 and 1,024 measured alike, 2,048 and more slower
 
@@ -93,3 +101,45 @@ def linear_cross_entropy(
         chunk: `chunk_loss` or a compiled version of it.
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets, weights, dtype, chunk)  # type: ignore[return-value]
+
+
+class LossFunction:
+    """Batch to loss: compiled where a C++ compiler exists, in the stage's precision."""
+
+    def __init__(self, model: Transformer, stage: Stage, may_compile: bool = True) -> None:
+        self._model = model
+        self._dtype = DTYPES[stage.dtype]
+        self._document_mask = stage.document_mask
+        self._hidden: Any = model.model
+        self._chunk: Any = chunk_loss
+        if stage.compile and may_compile and can_compile():
+            self._hidden = torch.compile(self._decode, dynamic=False)
+            self._chunk = torch.compile(chunk_loss)
+        else:
+            self._hidden = self._decode
+
+    def _decode(self, tokens: Tensor, positions: Tensor, document_ids: Tensor) -> Tensor:
+        if self._document_mask:
+            return self._model.model(tokens, positions, within_documents(document_ids))
+        # What attends across documents needs positions that do not start again in each.
+        through = torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
+        return self._model.model(tokens, through, causal)
+
+    def __call__(self, batch: Batch, weights: Tensor) -> Tensor:
+        """The weighted sum of the batch's losses. weights: [B, T] float32."""
+        device = batch.tokens.device.type
+        with torch.autocast(device, self._dtype, enabled=self._dtype != torch.float32):
+            hidden = self._hidden(batch.tokens, batch.positions, batch.document_ids)
+        return linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self._model.lm_head.weight,
+            batch.targets.flatten(),
+            weights.flatten(),
+            self._dtype,
+            self._chunk,
+        )
+
+
+def can_compile() -> bool:
+    """Whether torch.compile can build code for the CPU here: it needs a C++ compiler."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None

@@ -10,6 +10,7 @@ import math
 import statistics
 import sys
 import time
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,10 @@ class MetricsLog:
     def __init__(self, run_dir: Path, first_step: int, is_main: bool = True) -> None:
         self._path = run_dir / METRICS_FILE
         self._file = None
-        if not is_main:  # of the processes of a run one writes
-            return
-        kept = [row for row in read_metrics(run_dir) if row["step"] <= first_step]
-        write_file(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self._path.open("ab", buffering=0)
         self._pending = b""
         self._has_warned = False
+        if is_main:  # of the processes of a run one writes
+            self._file = self._opened(first_step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add one row; it reaches the file at once, or with a later one. NaN becomes null."""
@@ -65,6 +63,18 @@ class MetricsLog:
             if not self._has_warned:
                 print(f"warning: {self._path}: {error}; training goes on", file=sys.stderr)
             self._has_warned = True
+
+    def rewind(self, step: int) -> None:
+        """Drop what was written of the steps after this one."""
+        if self._file is not None:
+            self._file.close()
+            self._file = self._opened(step)
+
+    def _opened(self, step: int) -> FileIO:
+        kept = [row for row in read_metrics(self._path.parent) if row["step"] <= step]
+        write_file(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._pending = b""
+        return FileIO(self._path, "ab")
 
     def close(self) -> None:
         """Close the file."""
