@@ -24,12 +24,6 @@ from codellama.artifact import write_file
 
 MAX_BYTES = 1 << 30  # a gzip file of a megabyte can hold a gigabyte of zeros
 _GITHUB = "https://raw.githubusercontent.com/"
-_HUMANEVAL = "openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data/"
-_XSTEST = "paul-rottger/exaggerated-safety/d7bb5bd738c1fcbc36edd83d5e7d1b71a3e2d84d/"
-_INFILLING = "openai/human-eval-infilling/88062ff9859c875d04db115b698ed4b0f0395170/data/HumanEval-"
-_BOLD = "amazon-science/bold/3ad652c773f5d1e30d5f6f61657ed934d768ecad/prompts/"
-_PLUS = "evalplus/humanevalplus_release/200defce9e3429d28ca215b6dd061c0f7f31c18b/"
-_GSM8K = "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
 
 _TABLE = """
 1d49078ba3e2b196b9344535bef34a43021f038fad9561d6ee7c53450609a6a2 humaneval/HumanEval.jsonl.gz
@@ -69,28 +63,24 @@ a83ea7cc272971b618231e13bcb5c1d1be5b208c92135c4ffde85be31f8ab4c6 bold/political_
 """  # noqa: E501
 # SHA-256 of the content of each file, read from the file itself.
 KNOWN = {name: sha256 for sha256, name in map(str.split, _TABLE.strip().splitlines())}
-# Official places of those whose content there is the same, below raw.githubusercontent.com.
+# Official places of those whose content there is the same, below _GITHUB, by how names begin.
+_PLACES = {
+    "humaneval/": "openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data/",
+    "humaneval-infilling/": "openai/human-eval-infilling/"
+    "88062ff9859c875d04db115b698ed4b0f0395170/data/",
+    "humanevalplus/": "evalplus/humanevalplus_release/200defce9e3429d28ca215b6dd061c0f7f31c18b/",
+    "mbpp/mbpp.jsonl": "google-research/google-research/master/mbpp/",
+    "gsm8k/": "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
+    "grade_school_math/data/",
+    "bold/": "amazon-science/bold/3ad652c773f5d1e30d5f6f61657ed934d768ecad/prompts/",
+    "xstest/": "paul-rottger/exaggerated-safety/d7bb5bd738c1fcbc36edd83d5e7d1b71a3e2d84d/",
+}
+_PACKED_THERE = "humaneval"  # the others are not compressed in their place
 SOURCES = {
-    "humaneval/HumanEval.jsonl.gz": _HUMANEVAL + "HumanEval.jsonl.gz",
-    "humaneval-infilling/HumanEval-SingleLineInfilling.jsonl.gz": _INFILLING
-    + "SingleLineInfilling.jsonl.gz",
-    "humaneval-infilling/HumanEval-MultiLineInfilling.jsonl.gz": _INFILLING
-    + "MultiLineInfilling.jsonl.gz",
-    "humaneval-infilling/HumanEval-RandomSpanInfilling.jsonl.gz": _INFILLING
-    + "RandomSpanInfilling.jsonl.gz",
-    "humaneval-infilling/HumanEval-RandomSpanInfillingLight.jsonl.gz": _INFILLING
-    + "RandomSpanInfillingLight.jsonl.gz",
-    "humanevalplus/HumanEvalPlus.jsonl.gz": _PLUS + "HumanEvalPlus.jsonl.gz",
-    "humanevalplus/HumanEvalPlus-Mini.jsonl.gz": _PLUS + "HumanEvalPlus-Mini.jsonl.gz",
-    "mbpp/mbpp.jsonl.gz": "google-research/google-research/master/mbpp/mbpp.jsonl",
-    "gsm8k/test.jsonl.gz": _GSM8K + "test.jsonl",
-    "gsm8k/train.jsonl.gz": _GSM8K + "train.jsonl",
-    "bold/gender_prompt.json.gz": _BOLD + "gender_prompt.json",
-    "bold/political_ideology_prompt.json.gz": _BOLD + "political_ideology_prompt.json",
-    "bold/profession_prompt.json.gz": _BOLD + "profession_prompt.json",
-    "bold/race_prompt.json.gz": _BOLD + "race_prompt.json",
-    "bold/religious_ideology_prompt.json.gz": _BOLD + "religious_ideology_prompt.json",
-    "xstest/xstest_prompts.csv": _XSTEST + "xstest_prompts.csv",
+    name: place + Path(name.removesuffix("" if name.startswith(_PACKED_THERE) else ".gz")).name
+    for name in KNOWN
+    for begin, place in _PLACES.items()
+    if name.startswith(begin)
 }
 
 

@@ -2,7 +2,7 @@
 
 Reads the results.json of every folder below a run's folder and writes report.json, report.md and
 report.html there. The page needs nothing but itself: figures are inline SVG, and the browser of
-problems is a little script over data that the page holds.
+problems is a little script over data that the page holds (report.html is its template).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import platform
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from codellama.artifact import code_version, write_file
@@ -104,11 +105,9 @@ def write_report(folder: Path, prompts: dict[str, dict[str, str]] | None = None)
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table as Markdown."""
-    lines = [
-        "| task | measure | ours | 95 % interval | paper | remarks |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += ["| " + " | ".join(cells) + " |" for cells in map(_cells, rows)]
+    head = ("task", "measure", "ours", "95 % interval", "paper", "remarks")
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *map(_cells, rows))]
+    lines.insert(1, "|---" * len(head) + "|")
     return "\n".join(lines) + "\n"
 
 
@@ -142,10 +141,7 @@ def _page(
     prompts: dict[str, dict[str, str]],
 ) -> str:
     """The HTML page."""
-    head = "<tr>" + "".join(
-        f"<th>{name}</th>" for name in ("task", "measure", "ours", "95 %", "paper", "remarks")
-    )
-    body = "".join(
+    table = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) for row in rows
     )
     problems = [
@@ -163,8 +159,9 @@ def _page(
     facts = {key: content[key] for key in ("versions", "settings", "data_sha256")}
     # "<" never stands in the data, so that no text of a model can end the script.
     data = json.dumps(problems).replace("<", "\\u003c")
-    return _PAGE.format(
-        table=f"<table>{head}{body}</table>",
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        table=table,
         figures="".join(figures(results)),
         facts=escape(json.dumps(facts, indent=1)),
         data=data,
@@ -176,21 +173,12 @@ def figures(results: list[dict[str, Any]]) -> list[str]:
     drawn = []
     by_task: dict[str, dict[float, dict[int, float]]] = {}
     for result in results:
-        curve = {
-            int(name.removeprefix("pass@")): metric["value"]
-            for name, metric in result.get("metrics", {}).items()
-            if name.startswith("pass@")
-        }
+        curve, losses = _by_number(result, "pass@"), _by_number(result, "loss@")
         if len(curve) > 1:
             temperature = result.get("settings", {}).get("temperature", 0.0)
             by_task.setdefault(result["task"], {})[temperature] = curve
-        losses = {
-            int(name.removeprefix("loss@")): math.exp(metric["value"])
-            for name, metric in result.get("metrics", {}).items()
-            if name.startswith("loss@")
-        }
         if losses:
-            lines = {"perplexity": losses}
+            lines = {"perplexity": {at: math.exp(loss) for at, loss in losses.items()}}
             drawn.append(_figure(f"{result['task']} by position", "tokens before", "", lines))
     for task, curves in by_task.items():
         lines = {f"T = {t:g}": curve for t, curve in sorted(curves.items())}
@@ -200,6 +188,12 @@ def figures(results: list[dict[str, Any]]) -> list[str]:
             lines = {f"pass@{k}": {t: c[k] for t, c in sorted(curves.items())} for k in ks}
             drawn.append(_figure(f"{task} by temperature", "temperature", "", lines, is_log=False))
     return drawn
+
+
+def _by_number(result: dict[str, Any], name: str) -> dict[int, float]:
+    """Values of the measures that are this name and a number."""
+    measures = result.get("metrics", {}).items()
+    return {int(m.removeprefix(name)): v["value"] for m, v in measures if m.startswith(name)}
 
 
 def _figure(
@@ -223,59 +217,5 @@ def _figure(
     axes.legend(fontsize=8)
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue().partition("<svg")[1] + file.getvalue().partition("<svg")[2]
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Evaluation</title>
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }}
-table {{ border-collapse: collapse }} td, th {{ padding: .2em .8em; text-align: left }}
-tr:nth-child(even) {{ background: #8881 }} svg {{ max-width: 32em; height: auto }}
-pre {{ background: #8881; padding: .6em; overflow: auto; white-space: pre-wrap }}
-.passed {{ color: #080 }} .failed {{ color: #b00 }}
-</style>
-<h1>Evaluation</h1>
-<p>Shares in percent; intervals by bootstrap over problems. Paper: arXiv 2308.12950, the released
-model nearest in size.</p>
-{table}
-<h2>Figures</h2>{figures}
-<h2>Problems</h2>
-<p><select id="task"></select> <select id="show"><option>all<option>passed<option>failed</select>
-<select id="problem"></select></p><div id="view"></div>
-<h2>Settings</h2><pre>{facts}</pre>
-<script>
-const results = {data};
-const get = id => document.getElementById(id);
-const add = (to, kind, text, name) => {{
-  const e = document.createElement(kind); e.textContent = text; e.className = name || "";
-  to.append(e); return e;
-}};
-const passes = p => p.samples.some(s => s.status === "passed");
-results.forEach((r, i) => {{ add(get("task"), "option", r.name).value = i; }});
-function list() {{
-  const show = get("show").value, menu = get("problem"); menu.textContent = "";
-  if (!results.length) return;
-  results[get("task").value].problems.forEach((p, i) => {{
-    if (show === "all" || passes(p) === (show === "passed"))
-      add(menu, "option", (passes(p) ? "✓ " : "✗ ") + p.task_id).value = i;
-  }});
-  view();
-}}
-function view() {{
-  const to = get("view"); to.textContent = "";
-  const p = results[get("task").value].problems[get("problem").value];
-  if (!p) return;
-  add(to, "h3", p.task_id); add(to, "pre", p.prompt);
-  for (const s of p.samples) {{
-    add(to, "p", "sample " + s.sample + ": " + s.status + (s.message ? ": " + s.message : ""),
-        s.status === "passed" ? "passed" : "failed");
-    add(to, "pre", s.completion);
-  }}
-}}
-for (const id of ["task", "show"]) get(id).onchange = list;
-get("problem").onchange = view; list();
-</script></html>
-"""
+    text = file.getvalue()
+    return text[text.index("<svg") :]
