@@ -411,7 +411,7 @@ def test_guessing_rests_where_it_costs_time():
     from codellama.engine.speculate import Speculator
 
     class Text:
-        n_pending, n_left = 1, 10_000
+        n_pending, n_left, changes_logits = 1, 10_000, False
 
         def __init__(self):
             self.tokens, self.draft, self.guesser = [1, 2, 3] * 5, [], None
@@ -433,7 +433,7 @@ def test_guessing_goes_on_where_it_saves_time():
     from codellama.engine.speculate import Speculator
 
     class Text:
-        n_pending, n_left = 1, 10_000
+        n_pending, n_left, changes_logits = 1, 10_000, False
 
         def __init__(self):
             self.tokens, self.draft, self.guesser = [1, 2, 3, 4, 5, 6, 7] * 3, [], None

@@ -207,6 +207,7 @@ class Engine:
                 raise ValueError(
                     f"the text has {len(ids)} tokens, the model's context {self.max_context}"
                 )
+            self._check_ids(ids)
             results.append(self._runner.score(list(ids)) if len(ids) > 1 else [])
         return results
 
@@ -327,11 +328,32 @@ class Engine:
         self, prompt: Sequence[int], params: SamplingParams, stops: Sequence[int]
     ) -> list[Running]:
         """The n sequences of a prompt; each has a seed of its own."""
+        self._check_ids([*prompt, *(token for token, _ in params.logit_bias)])
+        matcher = None
+        if params.schema is not None:
+            from codellama.engine.grammar import matcher_of
+
+            matcher = matcher_of(self.tokenizer, params.schema)
         first = secrets.randbits(48) if params.seed is None else params.seed
         return [
-            Running(self.tokenizer, prompt, params, stops, self.max_context, first + i)
+            Running(
+                self.tokenizer,
+                prompt,
+                params,
+                stops,
+                self.max_context,
+                first + i,
+                matcher and matcher.deep_copy(),
+            )
             for i in range(params.n)
         ]
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """Others would read memory beyond the embedding's end."""
+        n_ids = self._runner.model.config.vocab_size
+        if ids and (min(ids) < 0 or max(ids) >= n_ids):
+            wrong = next(token for token in ids if not 0 <= token < n_ids)
+            raise ValueError(f"token id {wrong}: expected one in [0, {n_ids - 1}]")
 
 
 def _listed(prompts: Sequence[Prompt]) -> list[Prompt]:

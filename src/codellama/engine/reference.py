@@ -8,29 +8,71 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
+from torch import Tensor
 
+from codellama.engine.grammar import matcher_of
+from codellama.engine.sampling import SamplingParams
 from codellama.model.transformer import Transformer
+from codellama.tokenizer import Tokenizer
 
 
 @torch.inference_mode()
 def generate_greedy(
-    model: Transformer, prompt: Sequence[int], max_tokens: int, stop_ids: Collection[int] = ()
+    model: Transformer,
+    prompt: Sequence[int],
+    max_tokens: int,
+    stop_ids: Collection[int] = (),
+    params: SamplingParams | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[list[int], list[float]]:
     """Continue one prompt with the most likely token each time.
+
+    Args:
+        params: penalties and biases to obey, and a schema, for which the tokenizer is needed.
 
     Returns:
         Generated ids without the stop id, and the natural log-probability of each.
     """
     device = model.lm_head.weight.device
-    tokens = list(prompt)
+    written: list[int] = []
     logprobs: list[float] = []
     for _ in range(max_tokens):
-        logits = model(torch.tensor([tokens], device=device))[0, -1]
-        token = int(logits.argmax())
+        logits = model(torch.tensor([[*prompt, *written]], device=device))[0, -1]
+        changed = logits if params is None else change(logits.clone(), prompt, written, params)
+        if params is not None and params.schema is not None and tokenizer is not None:
+            allowed = allowed_ids(tokenizer, params.schema, written)
+            if allowed == [tokenizer.eos_id]:
+                break
+            changed = torch.full_like(logits, -torch.inf).index_copy(
+                0, torch.tensor(allowed), changed[allowed]
+            )
+        token = int(changed.argmax())
         if token in stop_ids:
             break
-        tokens.append(token)
+        written.append(token)
         logprobs.append(float(logits.log_softmax(-1)[token]))
-        if len(tokens) >= model.config.max_position_embeddings:
+        if len(prompt) + len(written) >= model.config.max_position_embeddings:
             break
-    return tokens[len(prompt) :], logprobs
+    return written, logprobs
+
+
+def change(
+    logits: Tensor, prompt: Sequence[int], written: Sequence[int], params: SamplingParams
+) -> Tensor:
+    """Penalties and biases, one token at a time."""
+    for token in {*prompt, *written}:
+        value, n = float(logits[token]), written.count(token)
+        factor = params.repetition_penalty
+        value = value / factor if value > 0 else value * factor
+        value -= params.frequency_penalty * n
+        logits[token] = value - (params.presence_penalty if n else 0)
+    for token, bias in params.logit_bias:
+        logits[token] += bias
+    return logits
+
+
+def allowed_ids(tokenizer: Tokenizer, schema: str, written: Sequence[int]) -> list[int]:
+    """The ids that may follow a text, which is read from its beginning."""
+    matcher = matcher_of(tokenizer, schema)
+    assert matcher.consume_tokens(list(written))
+    return [i for i, allowed in enumerate(matcher.compute_logit_bias()) if allowed]

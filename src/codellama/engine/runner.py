@@ -103,18 +103,25 @@ def _choose(logits: Tensor, askers: Items[tuple[Sequence, int]]) -> Chosen:
     """Pick the token of each asker's position from logits [R, V]."""
     if not askers:
         return []
+    changed = [row for row, (s, _) in enumerate(askers) if s.changes_logits]
+    given = logits
+    if changed:
+        logits = logits.clone()
+        for row in changed:
+            change(logits[row], askers[row][0])
     best, tokens = logits.max(-1)
     sampled = [row for row, (s, _) in enumerate(askers) if s.params.temperature > 0]
     if sampled:
         picked = [askers[row] for row in sampled]
         tokens[sampled] = sample(logits[sampled], picked)
-        best = logits.gather(-1, tokens[:, None])[:, 0]
+    if sampled or changed:
+        best = given.gather(-1, tokens[:, None])[:, 0]
     if any(s.params.logprobs for s, _ in askers):
-        best = best - logits.logsumexp(-1)
+        best = best - given.logsumexp(-1)
     tops: list[TopLogprobs] = [()] * len(askers)
     for row, (sequence, _) in enumerate(askers):
         if n_top := sequence.params.top_logprobs:
-            values, ids = logits[row].log_softmax(-1).topk(n_top)
+            values, ids = given[row].log_softmax(-1).topk(n_top)
             tops[row] = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return list(zip(tokens.tolist(), best.tolist(), tops, strict=True))
 
@@ -132,6 +139,32 @@ def _accepted(given: Chosen, draft: list[int]) -> Chosen | ValueError:
     if any(value != value or value in (float("inf"), -float("inf")) for _, value, _ in given):
         return ValueError("the model's output is not a number; its weights are damaged")
     return given[: n_right + 1]
+
+
+def change(logits: Tensor, sequence: Sequence) -> None:
+    """Put penalties, biases and the schema of a sequence into the logits [V] of its next token.
+
+    The order is that of vLLM; what is not allowed becomes minus infinity.
+    """
+    params, device = sequence.params, logits.device
+    if params.has_penalties:
+        ids = torch.tensor(list(sequence.n_written), device=device)
+        counts = torch.tensor(list(sequence.n_written.values()), device=device)
+        values, factor = logits[ids], params.repetition_penalty
+        values = torch.where(values > 0, values / factor, values * factor)
+        values -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+        logits[ids] = values
+    if params.logit_bias:
+        ids, biases = zip(*params.logit_bias, strict=True)
+        logits.index_add_(0, torch.tensor(ids, device=device), torch.tensor(biases, device=device))
+    if sequence.matcher is not None:
+        allowed = torch.frombuffer(
+            bytearray(sequence.matcher.compute_logit_bias()), dtype=torch.uint8
+        )
+        stops = list(sequence.stop_ids)
+        allowed[stops] = allowed[stops].max()  # EOS is allowed: so is what else ends a text
+        allowed = F.pad(allowed, (0, len(logits) - len(allowed)))
+        logits.masked_fill_(allowed.to(device) == 0, -torch.inf)
 
 
 def sample(logits: Tensor, askers: Items[tuple[Sequence, int]]) -> Tensor:
@@ -160,6 +193,8 @@ def sample(logits: Tensor, askers: Items[tuple[Sequence, int]]) -> Tensor:
     vocabulary = logits.shape[-1]
     top_k = column([float(s.params.top_k or vocabulary) for s, _ in askers])
     keep &= torch.arange(vocabulary, device=logits.device)[None] < top_k
+    if any(s.params.min_p for s, _ in askers):
+        keep &= probabilities >= column([s.params.min_p for s, _ in askers]) * probabilities[:, :1]
     kept = probabilities * keep
     cumulative = kept.cumsum(-1)
     draws = column([s.draw(at) for s, at in askers]) * cumulative[:, -1:]

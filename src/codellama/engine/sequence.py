@@ -16,6 +16,8 @@ from codellama.engine.scheduler import Job
 from codellama.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
     from codellama.engine.speculate import Guesser
 
 TopLogprobs = tuple[tuple[int, float], ...]
@@ -64,6 +66,7 @@ class Sequence(Job):
         stop_ids: Ids[int],
         max_context: int,
         seed: int,
+        matcher: LLMatcher | None = None,
     ) -> None:
         if not prompt:
             raise ValueError("the prompt is empty: there is nothing to continue")
@@ -85,9 +88,16 @@ class Sequence(Job):
         self.error: Exception | None = None
         """What went wrong where nothing more can come; then it is finished too."""
         self.guesser: Guesser | None = None
+        self.matcher = matcher
+        """Knows which tokens keep to the schema, where there is one."""
+        self.changes_logits = params.changes_logits
+        self.n_written = dict.fromkeys(prompt, 0) if params.has_penalties else {}
+        """How often each id was generated; those of the prompt stand in it too."""
         self._random = random.Random(seed)
         self._draws: list[float] = []
-        self._stop_ids = frozenset(stop_ids)
+        self.stop_ids = frozenset(stop_ids)
+        if matcher is not None:
+            self.stop_ids |= {tokenizer.eos_id}
         self._max_context = max_context
         self._decoder = StreamDecoder(tokenizer, tokenizer.starts_text(self.tokens))
 
@@ -114,15 +124,25 @@ class Sequence(Job):
 
     def accept(self, token: int, logprob: float, top: TopLogprobs = ()) -> str:
         """Add a generated token and return the text that became certain with it."""
-        if token in self._stop_ids:
+        if self.matcher is not None:
+            if token not in self.stop_ids:
+                self.matcher.consume_token(token)
+            if self.matcher.is_error():
+                self.fail(ValueError(f"schema: {self.matcher.get_error()[:200]}"))
+                return ""
+        if token in self.stop_ids:
             return self._finish("stop")
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.top_logprobs.append(top)
+        if self.params.has_penalties:
+            self.n_written[token] = self.n_written.get(token, 0) + 1
         self._pending += self._decoder.push(token)
         if (end := self._find_stop()) is not None:
             self._pending = self._pending[:end]
             return self._finish("stop", is_stop_string=True)
+        if self.matcher is not None and self.matcher.is_stopped():
+            return self._finish("stop")
         if self.n_left <= 0:
             return self._finish("length")
         return self._release(len(self._pending) - self._held_back())

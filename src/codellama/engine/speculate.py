@@ -93,6 +93,8 @@ class Speculator:
         if len(running) not in self._plain_s or self._saved_s < -MAX_LOSS * self._total_s:
             return
         for sequence in running:
+            if sequence.changes_logits:  # in a way that depends on the guesses before
+                continue
             if sequence.guesser is None:
                 sequence.guesser = Guesser(self._max_guesses)
             guesser = sequence.guesser

@@ -1,0 +1,198 @@
+"""What a request may change about the model's choice: schemas, penalties, biases, min_p."""
+
+import json
+
+import pytest
+import torch
+from test_equal_results import prompts
+
+from codellama.engine import Engine, SamplingParams
+from codellama.engine.reference import generate_greedy
+
+TEXT = {"type": "string", "maxLength": 12}
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}, "y": {"type": "number"}},
+    "required": ["x", "y"],
+    "additionalProperties": False,
+}
+
+
+def is_whole(value, low, high):
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_point(value):
+    return set(value) == {"x", "y"} and isinstance(value["x"], int) and is_number(value["y"])
+
+
+def is_tree(value, depth=0):
+    return set(value) <= {"leaf", "next"} and (
+        is_whole(value["leaf"], 0, 9) and ("next" not in value or is_tree(value["next"], depth + 1))
+    )
+
+
+SCHEMAS = {
+    "enum": ({"enum": ["red", "green", 3, None]}, lambda v: v in ("red", "green", 3, None)),
+    "integer": ({"type": "integer", "minimum": -5, "maximum": 70}, lambda v: is_whole(v, -5, 70)),
+    "boolean": ({"type": "boolean"}, lambda v: isinstance(v, bool)),
+    "pattern": (
+        {"type": "string", "pattern": "^[a-f]{3}-[0-9]{2}$"},
+        lambda v: len(v) == 6 and v[3] == "-" and v[4:].isdigit() and set(v[:3]) <= set("abcdef"),
+    ),
+    "object": (POINT | {"properties": {"x": {"type": "integer"}, "y": {"type": "null"}}},
+        lambda v: set(v) == {"x", "y"} and isinstance(v["x"], int) and v["y"] is None),
+    "points": (
+        {"type": "array", "items": POINT, "minItems": 1, "maxItems": 2},
+        lambda v: 1 <= len(v) <= 2 and all(map(is_point, v)),
+    ),
+    "text": (
+        {"type": "object", "properties": {"a": TEXT, "b": TEXT}, "required": ["a"],
+         "additionalProperties": False},
+        lambda v: "a" in v and set(v) <= {"a", "b"}
+        and all(isinstance(t, str) and len(t) <= 12 for t in v.values()),
+    ),
+    "choice": (
+        {"anyOf": [{"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+                   {"const": "é☺"}]},
+        lambda v: v == "é☺" or (len(v) <= 3 and all(isinstance(x, bool) for x in v)),
+    ),
+    "tuple": (
+        {"type": "array", "prefixItems": [TEXT, {"type": "integer"}], "items": False,
+         "minItems": 2},
+        lambda v: len(v) == 2 and isinstance(v[0], str) and isinstance(v[1], int),
+    ),
+    "tree": (
+        {
+            "$defs": {"tree": {
+                "type": "object", "required": ["leaf"], "additionalProperties": False,
+                "properties": {"leaf": {"type": "integer", "minimum": 0, "maximum": 9},
+                               "next": {"$ref": "#/$defs/tree"}}}},
+            "$ref": "#/$defs/tree",
+        },
+        is_tree,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return Engine()
+
+
+def test_every_completion_conforms_to_its_schema(shipped):
+    """Ten schemas, greedy and drawn, all in one batch; some may be cut, none may be wrong."""
+    asked = [
+        (name, SamplingParams(160, temperature=t, seed=seed, schema=json.dumps(schema)))
+        for name, (schema, _) in SCHEMAS.items()
+        for t, seed in ((0.0, 0), (1.0, 1), (1.5, 2))
+    ]
+    texts = [f"# the {name} as JSON\nvalue = " for name, _ in asked]
+    results = shipped.complete(texts, [params for _, params in asked])
+    whole = set()
+    for (name, _), result in zip(asked, results, strict=True):
+        if result.finish_reason == "length":
+            assert len(result.token_ids) == 160
+            continue
+        assert result.finish_reason == "stop"
+        assert SCHEMAS[name][1](json.loads(result.text)), (name, result.text)
+        whole.add(name)
+    assert whole == set(SCHEMAS)
+
+
+def test_chat_and_infilling_and_any_object(shipped):
+    """Whatever id ends a text of that kind; "{}" is any object, and what is cut says so."""
+    params = SamplingParams(60, temperature=1.0, seed=3, schema='{"type": "integer"}')
+    [filled] = shipped.infill([("x = ", "\nprint(x)\n")], params)
+    int(filled.text)
+    results = shipped.complete(["x = "], SamplingParams(40, 1.0, seed=5, n=8, schema="{}"))
+    for result in results:
+        assert result.text.startswith("{")
+        if result.finish_reason == "stop":
+            assert isinstance(json.loads(result.text), dict)
+    [cut] = shipped.complete(["x"], SamplingParams(7, schema='{"type": "array", "minItems": 90}'))
+    assert (cut.finish_reason, len(cut.token_ids)) == ("length", 7)
+
+
+CHANGES = [
+    {"repetition_penalty": 1.3},
+    {"presence_penalty": 0.7, "frequency_penalty": 0.4},
+    {"frequency_penalty": -0.5, "repetition_penalty": 0.8},
+    {"logit_bias": ((9, 4.0), (300, -100.0), (9, 1.0))},
+    {"schema": json.dumps(SCHEMAS["points"][0])},
+    {"schema": json.dumps(SCHEMAS["text"][0]), "repetition_penalty": 1.1},
+    {},
+    {"presence_penalty": 2.0, "logit_bias": ((5, 3.0),)},
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"native": False, "max_batch": 3}, {"cache_tokens": 512, "step_tokens": 128}],
+    ids=str,
+)
+def test_changed_greedy_equals_reference(options, long_model, small_tokenizer):
+    """Side by side in a batch with guesses; log-probabilities stay those of the model."""
+    texts = prompts(small_tokenizer.vocab_size)
+    params = [SamplingParams(30, logprobs=True, **changes) for changes in CHANGES]
+    engine = Engine.of(long_model, small_tokenizer, **options)
+    plain = engine.complete(texts, SamplingParams(30))
+    stops = {small_tokenizer.eos_id}
+    n_other = 0
+    for text, settings, before, result in zip(
+        texts, params, plain, engine.complete(texts, params), strict=True
+    ):
+        ids, logprobs = generate_greedy(long_model, text, 30, stops, settings, small_tokenizer)
+        assert list(result.token_ids) == ids
+        assert result.logprobs == pytest.approx(logprobs, abs=1e-3)
+        n_other += result.token_ids != before.token_ids
+    assert n_other == len(CHANGES) - 1
+
+
+def test_min_p_keeps_what_is_likely_enough(long_model, small_tokenizer):
+    prompt = prompts(small_tokenizer.vocab_size)[1]
+    probabilities = long_model(torch.tensor([prompt]))[0, -1].softmax(-1)
+    likely = set((probabilities >= 0.3 * probabilities.max()).nonzero()[:, 0].tolist())
+    assert 3 < len(likely) < 30
+    params = SamplingParams(1, temperature=1.0, min_p=0.3, n=800, seed=0)
+    results = Engine.of(long_model, small_tokenizer).complete([prompt], params)
+    drawn = {token for result in results for token in result.token_ids}
+    assert drawn == likely - {small_tokenizer.eos_id}
+
+
+def test_seeds_reproduce_in_any_company(long_model, small_tokenizer):
+    texts = prompts(small_tokenizer.vocab_size)
+    params = [
+        SamplingParams(20, temperature=0.9, top_p=0.9, min_p=0.02, seed=seed, **changes)
+        for seed, changes in enumerate(CHANGES)
+    ]
+    engine = Engine.of(long_model, small_tokenizer, max_batch=4)
+    together = [r.token_ids for r in engine.complete(texts, params)]
+    alone = [engine.complete([t], p)[0].token_ids for t, p in zip(texts, params, strict=True)]
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "message"),
+    [
+        (
+            [5],
+            {"schema": '{"type": "foo"}'},
+            r"schema .*foo.*not a JSON schema that can be kept to",
+        ),
+        ([5], {"schema": '{"not": {}}'}, 'schema .*Unimplemented keys: ."not".'),
+        ([5], {"schema": '{"$ref": "#/nope"}'}, "schema .*nope"),
+        ([5], {"logit_bias": ((10**6, 1.0),)}, r"token id 1000000: expected one in \[0, "),
+        ([5, -1], {}, "token id -1: expected one"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(prompt, changes, message, long_model, small_tokenizer):
+    engine = Engine.of(long_model, small_tokenizer)
+    with pytest.raises(ValueError, match=message):
+        engine.complete([prompt], SamplingParams(**changes))
+    with pytest.raises(ValueError, match="token id 99999: expected"):
+        engine.score([[1, 99999]])
