@@ -7,6 +7,7 @@ import pty
 import re
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +201,13 @@ def test_inspect_a_run_and_a_corpus(call, tmp_path):
     facts = json.loads(out)
     assert (facts["step"], facts["steps"], facts["loss"], facts["finished"]) == (2, 10, 3.0, False)
     assert (facts["tokens_per_s"], facts["validation"]["validation_loss"]) == (100.0, 3.5)
+    shutil.copytree(run, tmp_path / "other")
+    (tmp_path / "other" / "metrics.jsonl").write_text(lines.rpartition("{")[0])  # not validated
+    code, out, _ = call("inspect", "run", "other", "--plot", "both.png")
+    assert code == 0
+    assert re.search(r"run +2 of 10 +128 +3.0000 +3.5000", out)
+    assert re.search(r"other +2 of 10 +128 +3.0000$", out, re.MULTILINE)
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     manifest = {
@@ -287,6 +295,7 @@ FAILED_RUNS = [
     (("inspect", "absent/folder/x"), "absent"),
     (("inspect", "tree"), "tree"),
     (("inspect", "{damaged}"), "damaged"),
+    (("inspect", "{base}", "{base}"), "only runs"),
 ]
 
 

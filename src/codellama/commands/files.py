@@ -63,10 +63,39 @@ def convert(
 
 def inspect(
     path: Annotated[str, typer.Argument(help="A model in any format, a corpus, or a run.")],
+    others: Annotated[
+        list[str] | None, typer.Argument(help="More runs, to compare with the first.")
+    ] = None,
+    plot: Annotated[Path, typer.Option(help="Where to draw the losses of several runs.")] = Path(
+        "runs.png"
+    ),
     as_json: Json = False,
 ) -> None:
     """Say what a folder or file is: shape and needs of a model, counts of a corpus or a run."""
     from codellama.inspection import as_lines, inspect_path
 
-    facts = inspect_path(path)
-    print(json.dumps(facts) if as_json else as_lines(facts))
+    if not others:
+        facts = inspect_path(path)
+        print(json.dumps(facts) if as_json else as_lines(facts))
+        return
+    from codellama.train.metrics import draw_comparison
+
+    paths = [path, *others]
+    runs = [inspect_path(each) for each in paths]
+    for each, facts in zip(paths, runs, strict=True):
+        if facts["kind"] != "run":
+            raise ValueError(f"{each}: is a {facts['kind']}; only runs can be compared")
+    draw_comparison([Path(each) for each in paths], plot)
+    if as_json:
+        print(json.dumps({"runs": runs, "plot": str(plot)}))
+        return
+    rows: list[dict[str, str]] = []
+    for each, facts in zip(paths, runs, strict=True):
+        row = {"run": each, "step": f"{facts['step']} of {facts['steps']}"}
+        row |= {"tokens": f"{facts['tokens']:,}", "loss": f"{facts['loss']:.4f}"}
+        for name in ("validation_loss", "validation_bits_per_byte"):
+            value = facts["validation"].get(name)
+            row[name.replace("_", " ")] = "" if value is None else f"{value:.4f}"
+        rows.append(row)
+    print(terminal.table(rows))
+    print(plot)

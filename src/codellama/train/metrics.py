@@ -10,6 +10,8 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -100,33 +102,73 @@ def draw_curve(run_dir: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    rows = read_metrics(run_dir)
+    steps = [row for row in rows if row.get("loss") is not None]
+    if not steps:
+        return
+    with _figure(run_dir / CURVE_FILE) as axes:
+        x, losses = [row["step"] for row in steps], [row["loss"] for row in steps]
+        axes.plot(x, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+        _plot_losses(axes, rows, "step", "", "tab:blue", "tab:orange")
+        axes.set(xlabel="step")
+        axes.set_ylim(top=min(max(losses), 1.5 * sorted(losses)[len(losses) // 2]))
+        rates = axes.twinx()
+        rates.plot(x, [row["lr"] for row in steps], color="gray", linewidth=0.8, linestyle="--")
+        rates.set_ylabel("learning rate")
+
+
+def draw_comparison(run_dirs: Sequence[Path], target: Path) -> None:
+    """Draw the losses of several runs over the tokens that they have seen.
+
+    Raises:
+        ValueError: a run has taken no step yet.
+        OSError: the file cannot be written.
+    """
+    with _figure(target) as axes:
+        for i, run_dir in enumerate(run_dirs):
+            rows = read_metrics(run_dir)
+            if not any(row.get("loss") is not None for row in rows):
+                raise ValueError(f"{run_dir}: no step was taken yet")
+            _plot_losses(axes, rows, "tokens", f"{run_dir} ", f"C{i}", f"C{i}")
+        axes.set(xlabel="tokens")
+
+
+@contextmanager
+def _figure(target: Path) -> Iterator[Any]:
+    """Axes to draw on; the picture is written whole when they are left."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = read_metrics(run_dir)
-    steps = [row for row in rows if row.get("loss") is not None]
-    validations = [row for row in rows if row.get("validation_loss") is not None]
-    if not steps:
-        return
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    x, losses = [row["step"] for row in steps], [row["loss"] for row in steps]
-    axes.plot(x, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(x, _smooth(losses), color="tab:blue", label="training")
-    if validations:
-        points = [row["step"] for row in validations], [r["validation_loss"] for r in validations]
-        axes.plot(*points, "o-", color="tab:orange", markersize=3, label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.set_ylim(top=min(max(losses), 1.5 * sorted(losses)[len(losses) // 2]))
-    axes.legend()
-    rates = axes.twinx()
-    rates.plot(x, [row["lr"] for row in steps], color="gray", linewidth=0.8, linestyle="--")
-    rates.set_ylabel("learning rate")
-    temporary = run_dir / f".{CURVE_FILE}.tmp"
-    figure.savefig(temporary, dpi=120, format="png")
-    pyplot.close(figure)
-    temporary.replace(run_dir / CURVE_FILE)
+    try:
+        yield axes
+        axes.set_ylabel("loss (nats per token)")
+        axes.legend()
+        temporary = target.with_name(f".{target.name}.tmp")
+        figure.savefig(temporary, dpi=120, format="png")
+        temporary.replace(target)
+    finally:
+        pyplot.close(figure)
+
+
+def _plot_losses(
+    axes: Any, rows: list[dict[str, Any]], over: str, name: str, color: str, held_out_color: str
+) -> None:
+    """The smoothed training loss, and the validation losses as points."""
+    steps = [row for row in rows if row.get("loss") is not None]
+    losses = _smooth([row["loss"] for row in steps])
+    axes.plot([row[over] for row in steps], losses, color=color, label=f"{name}training")
+    place = {row["step"]: row[over] for row in steps}
+    points = [
+        (place[row["step"]], row["validation_loss"])
+        for row in rows
+        if row.get("validation_loss") is not None and row["step"] in place
+    ]
+    if points:
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, "o-", color=held_out_color, markersize=3, label=f"{name}validation")
 
 
 def _smooth(values: list[float], weight: float = 0.95) -> list[float]:
