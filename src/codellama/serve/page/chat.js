@@ -28,7 +28,7 @@ export function startChat(model, announce) {
         draw(body, answer);
       });
       status.textContent = describe(result);
-      showPrompt(find("chat-prompt"), result.promptIds);
+      showPrompt(find("chat-prompt"), model, result.promptIds);
     } catch (error) {
       if (request.signal.aborted) announce("Stopped.", status);
       else announce(error.message, status);
@@ -81,7 +81,7 @@ export function startChat(model, announce) {
     messages = [];
     log.replaceChildren();
     status.textContent = "";
-    showPrompt(find("chat-prompt"), null);
+    showPrompt(find("chat-prompt"), model, null);
     question.focus();
   });
 }

@@ -47,7 +47,7 @@ export function startEditor(model, announce) {
       return ask(state, n, signal, onTexts, nTokens / 2); // text of more tokens than source code
     }
     status.textContent = describe(result);
-    showPrompt(find("infill-prompt"), result.promptIds);
+    showPrompt(find("infill-prompt"), model, result.promptIds);
     if (!texts.some((text) => text?.trim())) announce("No suggestion here.", status);
   }
 

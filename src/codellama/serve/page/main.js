@@ -27,10 +27,12 @@ async function findModel() {
   try {
     const { data } = await (await request("v1/models")).json();
     Object.assign(model, data[0]);
-    const size = model.meta?.n_params;
+    const n = model.meta?.n_params;
+    const [size, unit] = n < 1e9 ? [n / 1e6, "million"] : [n / 1e9, "billion"];
+    find("chat-note").hidden = model.capabilities?.includes("chat") ?? true;
     find("model").textContent = [
       model.id,
-      size && (size < 1e9 ? `${Math.round(size / 1e6)} million` : `${(size / 1e9).toFixed(1)} billion`) + " parameters",
+      n && `${size.toFixed(n < 1e9 ? 0 : 1)} ${unit} parameters`,
       `${model.max_model_len} tokens of context`,
     ].filter(Boolean).join(" · ");
   } catch (error) {

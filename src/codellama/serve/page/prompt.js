@@ -1,30 +1,38 @@
-// What prompt was really sent: its text, and its ids on demand.
+// What prompt was really sent, token by token, with ids on demand.
 
 import { request } from "./api.js";
 
-/** Fill a <details> element; the text is fetched when it is opened. */
-export function showPrompt(details, ids) {
+/** Fill a <details> element; pieces of text are fetched when it is opened, by an echo of the ids. */
+export function showPrompt(details, model, ids) {
   details.replaceChildren();
   if (!ids) return;
-  const summary = document.createElement("summary");
+  const summary = document.createElement("summary"), pre = document.createElement("pre");
   summary.textContent = `The prompt that was sent: ${ids.length} tokens`;
-  const text = document.createElement("pre"), numbers = document.createElement("pre");
   const button = document.createElement("button");
-  button.textContent = "Show the ids";
+  button.textContent = "Show ids";
+  button.ariaPressed = "false";
   button.addEventListener("click", () => {
-    numbers.textContent = ids.join(" ");
-    button.remove();
+    button.ariaPressed = String(pre.classList.toggle("with-ids"));
   });
-  details.append(summary, text, button, numbers);
-  const fill = async () => {
-    if (!details.open || text.textContent) return;
+  details.append(summary, button, pre);
+  details.ontoggle = async () => {
+    if (!details.open || pre.childNodes.length) return;
+    const body = { model: model.id, prompt: ids, echo: true, logprobs: 0, max_tokens: 0 };
     try {
-      const reply = await request("detokenize", { tokens: ids });
-      text.textContent = (await reply.json()).content;
+      const { choices } = await (await request("v1/completions", body)).json();
+      pre.replaceChildren(...choices[0].logprobs.tokens.map((text, n) => token(text, ids[n])));
     } catch (error) {
-      text.textContent = error.message;
+      pre.textContent = error.message;
     }
   };
-  details.ontoggle = fill;
-  fill();
+  details.ontoggle();
+}
+
+/** A control id has no text and shows its number. */
+function token(text, id) {
+  const span = document.createElement("span");
+  span.textContent = text || `⟨${id}⟩`;
+  if (text) span.dataset.id = id;
+  else span.className = "control";
+  return span;
 }

@@ -1,0 +1,118 @@
+"""What every dialect parses into and renders from: a Request, its pieces, its Results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from codellama.engine import Piece, SamplingParams
+from codellama.serve.prompts import Prompt
+
+MIN_REPEATED_CHARS = 4  # shorter repeats are as often meant: `f(g(x)` before `)`
+_WINDOW_CHARS = 2_000
+
+
+@dataclass(frozen=True)
+class Edit:
+    """How an editor wants a text to end."""
+
+    trim_suffix: bool = False
+    """Without an end that repeats the beginning of the suffix, spaces aside."""
+    whole_lines: bool = False
+    """Without an unfinished last line, where max_tokens cut it and another line is left."""
+    min_indent: int = 0
+    """Before the first new line that is indented by fewer characters."""
+    time_limit_s: float | None = None
+    """After so much time since the first token, but not within the first line."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one HTTP request asks for: n results of each prompt, out of best_of."""
+
+    prompts: tuple[Prompt, ...]
+    params: SamplingParams
+    n: int = 1
+    best_of: int = 1
+    edit: Edit = Edit()
+    is_infilling: bool = False
+
+
+@dataclass
+class Result:
+    """One generated text and how it came about."""
+
+    prompt: Prompt
+    begin: float = field(default_factory=time.perf_counter)
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    finish_reason: str | None = None
+    n_cached: int = 0
+    first_s: float = 0.0
+    """From the request to the first piece."""
+    total_s: float = 0.0
+
+    def add(self, piece: Piece) -> None:
+        """Take in the next piece."""
+        self.total_s = time.perf_counter() - self.begin
+        self.first_s = self.first_s or self.total_s
+        self.text += piece.text
+        self.token_ids += piece.token_ids
+        self.logprobs += piece.logprobs
+        self.top_logprobs += piece.top_logprobs
+        self.finish_reason = piece.finish_reason
+        self.n_cached = piece.n_cached
+
+
+async def edited(pieces: AsyncIterator[Piece], edit: Edit, suffix: str) -> AsyncIterator[Piece]:
+    """The pieces with their text ended as asked; what may still be cut is held back."""
+    text, n_sent, first = "", 0, None
+    head = "".join(suffix[:_WINDOW_CHARS].split()) if edit.trim_suffix else ""
+    async with aclosing(pieces) as stream:  # pyright: ignore[reportArgumentType]
+        async for piece in stream:
+            first = first or time.perf_counter()
+            text += piece.text
+            reason = piece.finish_reason
+            end = len(text)
+            if edit.min_indent and (line := _outdented(text, edit.min_indent)) is not None:
+                end, reason = line, "stop"
+            limit = edit.time_limit_s
+            if limit is not None and "\n" in text and time.perf_counter() - first > limit:
+                reason = reason or "length"
+            if edit.whole_lines and reason in (None, "length"):
+                line = text.rfind("\n", 0, end) + 1
+                end = line if line or reason is None else end
+            if head:
+                start, n_chars = repeated(text[:end], head)
+                if reason is None or n_chars >= MIN_REPEATED_CHARS:
+                    end = start
+            end = max(end, n_sent)
+            yield replace(piece, text=text[n_sent:end], finish_reason=reason)
+            n_sent = end
+            if reason is not None:
+                return
+
+
+def repeated(text: str, head: str) -> tuple[int, int]:
+    """Where the longest end of a text starts that begins `head`, and its length; spaces aside."""
+    tail = "".join(text[-_WINDOW_CHARS:].split())
+    n = next((n for n in range(min(len(tail), len(head)), 0, -1) if tail.endswith(head[:n])), 0)
+    at, left = len(text), n
+    while left:
+        at -= 1
+        left -= not text[at].isspace()
+    return at, n
+
+
+def _outdented(text: str, min_indent: int) -> int | None:
+    """Where the first line after the first one starts that is indented less; blank ones are not."""
+    at = 0
+    while (at := text.find("\n", at) + 1) > 0:
+        line = text[at:].split("\n", 1)[0]
+        if line.strip() and len(line) - len(line.lstrip()) < min_indent:
+            return at
+    return None
