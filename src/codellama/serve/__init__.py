@@ -8,7 +8,7 @@ ask, `app` puts them together.
 """
 
 from codellama.serve.app import create_app, serve
-from codellama.serve.guard import Rules
-from codellama.serve.service import Limits, ModelCard, Service
+from codellama.serve.guard import LOOPBACK, Rules
+from codellama.serve.service import Limits, Service
 
-__all__ = ["Limits", "ModelCard", "Rules", "Service", "create_app", "serve"]
+__all__ = ["LOOPBACK", "Limits", "Rules", "Service", "create_app", "serve"]

@@ -16,17 +16,36 @@ from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse
+from prometheus_client import generate_latest
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from codellama.artifact import code_version
+from codellama.engine.endpoint import Endpoint
 from codellama.serve import llamacpp, ollama, openai, tabby
 from codellama.serve.guard import Guard, Protocol, Rules
-from codellama.serve.replies import ApiError, ErrorBody, OllamaError, as_json
-from codellama.serve.service import Service, failed
+from codellama.serve.replies import ApiError, as_json
+from codellama.serve.service import Ready, Service, failed
 
 PAGE = Path(__file__).parent / "page"
 MAX_HEADER_BYTES = 32 << 10
+CHECK_S = 5.0  # between looks at the servers of a cluster
+
+
+class _ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | int
+
+
+class _Error(BaseModel):
+    error: _ErrorDetail
+
+
+class _OllamaError(BaseModel):
+    error: str
 
 
 def create_app(
@@ -43,110 +62,108 @@ def create_app(
 
     async def start(app: FastAPI) -> None:
         try:
-            app.state.service = await asyncio.to_thread(load)
+            service = app.state.service = await asyncio.to_thread(load)
         except Exception as error:  # noqa: BLE001  the caller decides what becomes of it
             on_failure(error)
+            return
+        while isinstance(service.source, Endpoint):
+            await asyncio.sleep(CHECK_S)
+            await service.source.check()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.ensure_future(start(app))
+        starting = asyncio.ensure_future(start(app))
         yield
-        loading.cancel()
-        if app.state.service is not None:
-            app.state.service.source.cancel()
+        starting.cancel()
 
-    shape: dict[int | str, dict[str, Any]] = {
-        "4XX": {"model": ErrorBody, "description": "What is wrong with the request."},
-        "5XX": {"model": ErrorBody, "description": "The server failed or is not ready."},
-    }
-    ollama_shape: dict[int | str, dict[str, Any]] = {
-        status: {**entry, "model": OllamaError} for status, entry in shape.items()
-    }
     app = FastAPI(
         title="codellama",
         version=code_version(),
-        docs_url=None,  # their page loads scripts from elsewhere
+        docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
         lifespan=lifespan,
     )
     app.state.service = None
-    for part in (openai, llamacpp, tabby):
-        app.include_router(part.router, responses=shape)
-    app.include_router(ollama.router, responses=ollama_shape)
+    for part, shape in (
+        (openai, _Error),
+        (llamacpp, _Error),
+        (tabby, _Error),
+        (ollama, _OllamaError),
+    ):
+        app.include_router(part.router, responses=_errors(shape))
 
-    @app.get("/health", responses=shape)
-    async def health() -> Response:
+    @app.get("/health", responses=_errors(_Error))
+    async def health(service: Ready) -> Response:
         """Whether the server can answer."""
-        service: Service | None = app.state.service
-        if service is None:
-            raise ApiError(503, "Loading model", headers={"retry-after": "1"})
-        if service.source.failure is not None:
-            raise ApiError(503, "the engine has stopped")
         return as_json({"status": "ok"})
 
-    @app.get("/metrics", responses=shape, response_class=PlainTextResponse)
+    @app.get("/metrics", responses=_errors(_Error), response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters in Prometheus' format."""
         service: Service | None = app.state.service
-        if service is None:
-            raise ApiError(503, "Loading model")
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+        text = b"" if service is None else generate_latest(service.metrics.registry)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
-    _add_errors(app)
-    rules = replace(rules, open_paths={"/health", "/", *_add_page(app)})
+    _answer_errors(app)
+    rules = replace(rules, open_paths=frozenset({"/health", "/", *_add_page(app)}))
     guarded = Guard(app, rules, app.state)
     if not rules.origins:
         return guarded
-    return CORSMiddleware(
-        guarded, rules.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
-    )
+    methods, headers = ["GET", "POST"], ["authorization", "content-type"]
+    return CORSMiddleware(guarded, rules.origins, allow_methods=methods, allow_headers=headers)
+
+
+def _errors(shape: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    return {
+        "4XX": {"model": shape, "description": "What is wrong with the request."},
+        "5XX": {"model": shape, "description": "The server failed, or is not ready."},
+    }
 
 
 def _add_page(app: FastAPI) -> list[str]:
-    """Serve the files of the page and return their paths; they hold no secrets."""
+    """Serve the files of the page and return their paths."""
 
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-    async def page(http: HttpRequest) -> Response:
-        if "text/html" in http.headers.get("accept", "") and (PAGE / "index.html").exists():
-            return FileResponse(PAGE / "index.html")
+    async def send(http: HttpRequest) -> Response:
+        return FileResponse(files[http.url.path])
+
+    async def index(http: HttpRequest) -> Response:
+        if "/index.html" in files and "text/html" in http.headers.get("accept", ""):
+            return FileResponse(files["/index.html"])
         return PlainTextResponse("Ollama is running")  # what Ollama's clients look for
 
     files = {f"/{f.relative_to(PAGE).as_posix()}": f for f in PAGE.rglob("*") if f.is_file()}
-    for path, file in files.items():
-        app.add_route(path, _sender(file), methods=["GET", "HEAD"], include_in_schema=False)
+    for path in ("/", *files):
+        app.add_route(path, send if path in files else index, include_in_schema=False)
     return list(files)
 
 
-def _sender(file: Path) -> Callable[[HttpRequest], Response]:
-    return lambda http: FileResponse(file)
-
-
-def _add_errors(app: FastAPI) -> None:
+def _answer_errors(app: FastAPI) -> None:
     """Every error in the shape of its dialect, none with a stack trace."""
 
-    async def known(http: HttpRequest, error: ApiError) -> Response:
-        return error.response(http.url.path)
+    def translated(error: Exception) -> ApiError:
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, RequestValidationError):
+            first = error.errors()[0]
+            names = [str(part) for part in first["loc"][1:] if part not in ("openai", "tabby")]
+            where = ".".join(names) or "body"
+            return ApiError(400, f"{where}: {first['msg']}", where)
+        if isinstance(error, HTTPException):
+            return ApiError(error.status_code, error.detail, headers=dict(error.headers or {}))
+        # A mistake in what was asked is a ValueError everywhere in this package.
+        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+            return ApiError(400, str(error))
+        return failed(error)
 
-    async def invalid(http: HttpRequest, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        return ApiError(400, f"{where}: {first['msg']}", param=where).response(http.url.path)
+    async def answer(http: HttpRequest, error: Exception) -> Response:
+        return translated(error).response(http.url.path)
 
-    async def plain(http: HttpRequest, error: HTTPException) -> Response:
-        message = f"{http.method} {http.url.path[:200]}: {error.detail}"
-        reply = ApiError(error.status_code, message, headers=dict(error.headers or {}))
-        return reply.response(http.url.path)
-
-    async def unknown(http: HttpRequest, error: Exception) -> Response:
-        return failed(error).response(http.url.path)
-
-    handlers: dict[Any, Any] = {ApiError: known, RequestValidationError: invalid}
-    for kind, handler in (handlers | {HTTPException: plain, Exception: unknown}).items():
-        app.add_exception_handler(kind, handler)
+    for kind in (ApiError, RequestValidationError, HTTPException, ValueError, Exception):
+        app.add_exception_handler(kind, answer)
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which ends well when it is told to end: what is under way gets its time."""
+    """uvicorn, with time for what is under way when it is told to end."""
 
     def __init__(self, config: uvicorn.Config, grace_s: float, end: Callable[[], object]) -> None:
         super().__init__(config)
@@ -168,19 +185,16 @@ class Server(uvicorn.Server):
 def serve(
     load: Callable[[], Service], host: str, port: int, rules: Rules, grace_s: float = 30.0
 ) -> None:
-    """Serve until a signal comes.
-
-    Args:
-        grace_s: what is under way then gets so long to finish.
+    """Serve until a signal comes; what is under way then gets so long to finish.
 
     Raises:
         Exception: why the model could not be loaded.
         SystemExit: the address cannot be used.
     """
-    failures: list[Exception] = []
     services: list[Service] = []
+    failures: list[Exception] = []
 
-    def loaded() -> Service:
+    def kept() -> Service:
         services.append(load())
         return services[0]
 
@@ -188,21 +202,24 @@ def serve(
         failures.append(error)
         server.should_exit = True
 
+    def end() -> None:
+        for service in services:
+            service.end(ApiError(503, "the server ends"))
+
     config = uvicorn.Config(
-        create_app(loaded, rules, fail),
+        create_app(kept, rules, fail),
         host,
         port,
         http=Protocol,
         ws="none",
         access_log=False,  # it would hold what clients write into addresses
         log_level="warning",
-        backlog=2048,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=int(grace_s) + 5,
     )
-    server = Server(config, grace_s, lambda: [s.source.cancel() for s in services])
+    server = Server(config, grace_s, end)
     server.run()
     if failures:
         raise failures[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -35,9 +35,14 @@ class Request:
     prompts: tuple[Prompt, ...]
     params: SamplingParams
     n: int = 1
-    best_of: int = 1
+    best_of: int | None = None
     edit: Edit = Edit()
     is_infilling: bool = False
+
+    @property
+    def n_tried(self) -> int:
+        """Texts that are written for each prompt."""
+        return self.best_of or self.n
 
 
 @dataclass
@@ -55,24 +60,26 @@ class Result:
     first_s: float = 0.0
     """From the request to the first piece."""
     total_s: float = 0.0
+    on_first: Callable[[Result], None] = lambda result: None
 
     def add(self, piece: Piece) -> None:
         """Take in the next piece."""
         self.total_s = time.perf_counter() - self.begin
-        self.first_s = self.first_s or self.total_s
         self.text += piece.text
         self.token_ids += piece.token_ids
         self.logprobs += piece.logprobs
         self.top_logprobs += piece.top_logprobs
-        self.finish_reason = piece.finish_reason
-        self.n_cached = piece.n_cached
+        self.finish_reason, self.n_cached = piece.finish_reason, piece.n_cached
+        if not self.first_s:
+            self.first_s = self.total_s
+            self.on_first(self)
 
 
-async def edited(pieces: AsyncIterator[Piece], edit: Edit, suffix: str) -> AsyncIterator[Piece]:
+async def edited(pieces: AsyncGenerator[Piece], edit: Edit, suffix: str) -> AsyncGenerator[Piece]:
     """The pieces with their text ended as asked; what may still be cut is held back."""
     text, n_sent, first = "", 0, None
     head = "".join(suffix[:_WINDOW_CHARS].split()) if edit.trim_suffix else ""
-    async with aclosing(pieces) as stream:  # pyright: ignore[reportArgumentType]
+    async with aclosing(pieces) as stream:
         async for piece in stream:
             first = first or time.perf_counter()
             text += piece.text

@@ -5,106 +5,81 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from codellama.engine import SamplingParams
 from codellama.serve import prompts
+from codellama.serve.bodies import Body, Count, Factor, N, Sampling, Whole
 from codellama.serve.generation import Edit, Request, Result
 from codellama.serve.openai import token_text
-from codellama.serve.openai_bodies import Body, Whole
-from codellama.serve.replies import ApiError, as_events, as_json, user_mistakes
-from codellama.serve.service import Client, Running, Service, Stream
+from codellama.serve.replies import ApiError, as_events, as_json
+from codellama.serve.service import Client, Ready, Service, Stream
 
 router = APIRouter()
 SUGGESTION_TOKENS = 128  # of /infill where the client does not say
-Count = Annotated[Whole, Field(ge=-1)]
 
 
-class Options(Body):
-    """What /completion and /infill share; -1 stands for no limit."""
+class _Options(Sampling):
+    """What /completion and /infill share."""
 
     n_predict: Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_k: Count | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
-    seed: Annotated[Whole, Field(ge=-1, lt=2**63)] | None = None
-    stop: list[str] | None = None
-    logit_bias: list[tuple[Whole, float]] | None = None
+    repeat_penalty: Factor | None = None
+    logit_bias: list[Annotated[list[float], Field(min_length=2, max_length=2)]] | None = None
     json_schema: dict[str, Any] | None = None
     grammar: str | None = None
-    n_cmpl: Annotated[Whole, Field(ge=1, le=128)] | None = None
+    n_cmpl: N | None = None
     n_indent: Annotated[Whole, Field(ge=0)] | None = None
     t_max_predict_ms: Annotated[float, Field(ge=0)] | None = None
     cache_prompt: bool | None = None
     response_fields: list[str] | None = None
+    stream: bool | None = None
 
     def request(
-        self, prompt: prompts.Prompt, tokens: int, temperature: float, **edit: Any
+        self, prompt: prompts.Prompt, n_tokens: int, temperature: float, trims: bool
     ) -> Request:
-        """What the engine is asked for.
-
-        Raises:
-            ValueError: a value outside its range.
-        """
+        """What the engine is asked for."""
         if self.grammar:
             raise ValueError("grammar: expected json_schema instead")
-        n = self.n_cmpl or 1
-        n_new = tokens if self.n_predict in (None, -1) else self.n_predict
-        given = {
-            # Nothing is to be generated, but the prompt is to be in the cache.
-            "max_tokens": max(1, n_new or 0),
-            "temperature": temperature if self.temperature is None else self.temperature,
-            "top_k": None if self.top_k is None else max(0, self.top_k),
-            "repetition_penalty": self.repeat_penalty,
-            "seed": None if self.seed == -1 else self.seed,
-            "stop": self.stop and tuple(text for text in self.stop if text),
-            "logit_bias": self.logit_bias and tuple(self.logit_bias),
-            "schema": None if self.json_schema is None else json.dumps(self.json_schema),
-        }
-        names = ("top_p", "min_p", "presence_penalty", "frequency_penalty")
-        given |= {name: getattr(self, name) for name in names}
-        limit = self.t_max_predict_ms
-        return Request(
-            (prompt,),
-            SamplingParams(**{key: value for key, value in given.items() if value is not None}),
-            n,
-            edit=Edit(
-                min_indent=self.n_indent or 0,
-                time_limit_s=limit / 1000 if limit else None,
-                **edit,
-            ),
+        if self.seed == -1:
+            self.seed = None
+        if self.n_predict is not None and self.n_predict >= 0:
+            # Where nothing is to be generated the prompt is still to be in the cache.
+            n_tokens = max(1, self.n_predict)
+        params = self.params(
+            max_tokens=n_tokens,
+            temperature=temperature,
+            repetition_penalty=self.repeat_penalty,
+            logit_bias=tuple((int(token), bias) for token, bias in self.logit_bias or ()),
+            schema=None if self.json_schema is None else json.dumps(self.json_schema),
         )
+        limit_s = self.t_max_predict_ms / 1000 if self.t_max_predict_ms else None
+        edit = Edit(trim_suffix=trims, min_indent=self.n_indent or 0, time_limit_s=limit_s)
+        return Request((prompt,), params, self.n_cmpl or 1, edit=edit, is_infilling=trims)
 
 
-class CompletionBody(Options):
+class CompletionBody(_Options):
     """/completion."""
 
     prompt: str | list[Whole]
 
 
-class Extra(BaseModel):
-    """A part of another file."""
-
+class _Extra(Body):
     filename: str | None = None
     text: str
 
 
-class InfillBody(Options):
+class InfillBody(_Options):
     """/infill; `prompt` is the beginning of the line that is being written."""
 
     input_prefix: str
     input_suffix: str
-    input_extra: list[Extra] | None = None
+    input_extra: list[_Extra] | None = None
     prompt: str | None = None
     suffix_first: bool | None = None
-    """Extension: SPM instead of PSM."""
+    """Ours: SPM instead of PSM."""
 
 
 class TokenizeBody(Body):
@@ -122,140 +97,126 @@ class DetokenizeBody(Body):
 
 
 @router.post("/completion")
-async def completion(body: CompletionBody, service: Running, client: Client) -> Response:
+async def completion(body: CompletionBody, service: Ready, client: Client) -> Response:
     """Continue a prompt."""
-    with user_mistakes():
-        prompt = prompts.completion(service.tokenizer, body.prompt, service.recognise)
-        request = body.request(prompt, service.max_context, 0.8)  # llama.cpp's temperature
+    prompt = prompts.completion(service.tokenizer, body.prompt, service.limits.recognise)
+    request = body.request(prompt, service.max_context, 0.8, False)  # llama.cpp's temperature
     return await _reply(body, request, service, client)
 
 
 @router.post("/infill")
-async def infill(body: InfillBody, service: Running, client: Client) -> Response:
+async def infill(body: InfillBody, service: Ready, client: Client) -> Response:
     """Fill a gap. What does not fit into the context is left out, and `truncated` says so.
 
     Without a temperature one suggestion is the likeliest, several are sampled.
     """
     if not service.tokenizer.supports_infilling:
-        raise ApiError(501, f"{service.card.name} was not trained to infill")
-    n_new = SUGGESTION_TOKENS if body.n_predict in (None, -1) else body.n_predict or 1
-    with user_mistakes():
-        prompt = prompts.infilling(
-            service.tokenizer,
-            body.input_prefix + (body.prompt or ""),
-            body.input_suffix,
-            service.suffix_first if body.suffix_first is None else body.suffix_first,
-            [(extra.filename or "snippet", extra.text) for extra in body.input_extra or ()],
-            service.max_context - min(n_new, service.max_context // 4),
-        )
-        several = (body.n_cmpl or 1) > 1
-        request = body.request(prompt, SUGGESTION_TOKENS, 0.8 if several else 0, trim_suffix=True)
+        raise ApiError(501, f"{service.name} was not trained to infill")
+    wanted = body.n_predict if body.n_predict and body.n_predict > 0 else SUGGESTION_TOKENS
+    first = service.limits.suffix_first if body.suffix_first is None else body.suffix_first
+    prompt = prompts.infilling(
+        service.tokenizer,
+        body.input_prefix + (body.prompt or ""),
+        body.input_suffix,
+        first,
+        [(extra.filename or "snippet", extra.text) for extra in body.input_extra or ()],
+        service.max_context - min(wanted, service.max_context // 4),
+    )
+    temperature = 0.8 if (body.n_cmpl or 1) > 1 else 0.0
+    request = body.request(prompt, SUGGESTION_TOKENS, temperature, True)
     return await _reply(body, request, service, client)
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeBody, service: Running) -> Response:
+async def tokenize(body: TokenizeBody, service: Ready) -> Response:
     """The ids of a text, with the text of each where asked."""
-    with user_mistakes():
-        ids = service.tokenizer.encode(body.content, bos=bool(body.add_special))
+    ids = service.tokenizer.encode(body.content, bos=bool(body.add_special))
     if not body.with_pieces:
         return as_json({"tokens": ids})
     return as_json({"tokens": [{"id": i, "piece": token_text(service.tokenizer, i)} for i in ids]})
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeBody, service: Running) -> Response:
+async def detokenize(body: DetokenizeBody, service: Ready) -> Response:
     """The text of ids."""
-    with user_mistakes():
-        return as_json({"content": service.tokenizer.decode(body.tokens)})
+    return as_json({"content": service.tokenizer.decode(body.tokens)})
 
 
 @router.get("/props")
-async def props(service: Running) -> Response:
+async def props(service: Ready) -> Response:
     """What the server runs."""
     return as_json(
         {
             "default_generation_settings": {"n_ctx": service.max_context},
             "total_slots": service.limits.max_texts,
-            "model_path": service.card.name,
-            "chat_format": service.tokenizer.chat_format,
+            "model_path": service.name,
             "supports_infilling": service.tokenizer.supports_infilling,
-            "suffix_first": service.suffix_first,
+            "chat_format": service.tokenizer.chat_format,
         }
     )
 
 
-async def _reply(body: Options, request: Request, service: Service, client: str) -> Response:
+async def _reply(body: _Options, request: Request, service: Service, client: str) -> Response:
     if body.stream:
         chunks = _chunks(body, service.stream(request, client), request, service)
-        return await as_events(chunks, done=False)
+        return await as_events(chunks, done=b"")
     results = await service.results(request, client)
-    replies = [_whole(body, n, result, request, service) for n, result in enumerate(results)]
+    replies = [_final(body, n, result, request, service) for n, result in enumerate(results)]
     return as_json(replies if len(replies) > 1 else replies[0])
 
 
 async def _chunks(
-    body: Options, stream: Stream, request: Request, service: Service
+    body: _Options, stream: Stream, request: Request, service: Service
 ) -> AsyncGenerator[dict[str, Any]]:
     async with aclosing(stream) as pieces:
         async for number, piece, result in pieces:
-            chunk = {"index": number, "content": piece.text, "tokens": piece.token_ids}
-            if piece.finish_reason is None:
-                yield chunk | {"stop": False}
-                continue
-            last = _whole(body, number, result, request, service)
-            yield last | {"content": "" if body.n_predict == 0 else piece.text}
+            text = "" if body.n_predict == 0 else piece.text
+            chunk = {"index": number, "content": text, "tokens": piece.token_ids, "stop": False}
+            if piece.finish_reason is not None:
+                chunk = _final(body, number, result, request, service) | {"content": text}
+            yield chunk
 
 
-def _whole(
-    body: Options, number: int, result: Result, request: Request, service: Service
+def _final(
+    body: _Options, number: int, result: Result, request: Request, service: Service
 ) -> dict[str, Any]:
     """The reply for one text, or those of its fields that the client wants."""
-    prompt, params, tokenizer = result.prompt, request.params, service.tokenizer
-    n_computed, n_new = len(prompt.ids) - result.n_cached, len(result.token_ids)
-    if body.n_predict == 0:
-        n_new = 0
-    first_ms, total_ms = 1000 * result.first_s, 1000 * result.total_s
-    decoded = tokenizer.decode(result.token_ids, keep_leading_space=True)
-    word = next((s for s in params.stop if decoded.removesuffix("\ufffd").endswith(s)), "")
-    stop_type = "limit" if result.finish_reason != "stop" else "word" if word else "eos"
+    params, n_prompt = request.params, len(result.prompt.ids)
+    n_new = 0 if body.n_predict == 0 else len(result.token_ids)
+    written = service.tokenizer.decode(result.token_ids, keep_leading_space=True)
+    word = next((word for word in params.stop if written.find(word, len(result.text)) >= 0), "")
+    stopped = "word" if word else "eos"
     known: dict[str, Any] = {
         "index": number,
         "content": result.text if n_new else "",
         "tokens": result.token_ids[:n_new],
         "stop": True,
-        "stop_type": stop_type,
+        "stop_type": stopped if result.finish_reason == "stop" else "limit",
         "stopping_word": word,
-        "model": service.card.name,
-        "prompt": tokenizer.decode(prompt.ids),
-        "generation_settings": {
-            "n_predict": params.max_tokens,
-            "temperature": params.temperature,
-            "top_k": params.top_k,
-            "top_p": params.top_p,
-            "min_p": params.min_p,
-            "seed": params.seed,
-            "stop": params.stop,
-        },
+        "model": service.name,
+        "prompt": service.tokenizer.decode(result.prompt.ids),
+        "generation_settings": asdict(params),
         "timings": {
-            "prompt_n": n_computed,
             "cache_n": result.n_cached,
-            "prompt_ms": first_ms,
-            "prompt_per_token_ms": first_ms / max(1, n_computed),
-            "prompt_per_second": 1000 * n_computed / max(1e-3, first_ms),
-            "predicted_n": n_new,
-            "predicted_ms": total_ms - first_ms,
-            "predicted_per_token_ms": (total_ms - first_ms) / max(1, n_new),
-            "predicted_per_second": 1000 * n_new / max(1e-3, total_ms - first_ms),
+            **_timing("prompt", n_prompt - result.n_cached, result.first_s),
+            **_timing("predicted", n_new, result.total_s - result.first_s),
         },
-        "tokens_cached": len(prompt.ids) + n_new,
-        "tokens_evaluated": len(prompt.ids),
-        "tokens_predicted": n_new,
-        "truncated": prompt.is_truncated,
+        "tokens_cached": n_prompt + n_new,
+        "tokens_evaluated": n_prompt,
+        "truncated": result.prompt.is_truncated,
     }
     if not body.response_fields:
         return known
     return {path: value for path in body.response_fields if (value := _at(known, path)) is not None}
+
+
+def _timing(name: str, n: int, duration_s: float) -> dict[str, float]:
+    return {
+        f"{name}_n": n,
+        f"{name}_ms": 1000 * duration_s,
+        f"{name}_per_token_ms": 1000 * duration_s / max(1, n),
+        f"{name}_per_second": n / max(1e-6, duration_s),
+    }
 
 
 def _at(known: dict[str, Any], path: str) -> Any:

@@ -2,46 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from codellama.serve.generation import Result
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_RATES = (1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 
 
 class Metrics:
-    """The counters of one server; names begin with `codellama_`."""
+    """The counters of one server."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"codellama_{name}", text, labels, registry=registry)
-
-        self.requests = counter("requests", "Replies by path and status.", "path", "status")
-        self.cancelled = counter("cancelled", "Requests that ended before their last token.")
-        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
-        self.cached_tokens = counter("cached_prompt_tokens", "Of those, found in the cache.")
-        self.tokens = counter("generated_tokens", "Tokens generated.")
-        self.first_token = Histogram(
-            "codellama_time_to_first_token_seconds",
-            "From a request to its first piece of text.",
-            buckets=_SECONDS,
-            registry=registry,
+        self.registry = known = CollectorRegistry()
+        names = ("path", "status")
+        self.requests = Counter("codellama_requests", "Replies.", names, registry=known)
+        self.cancelled = Counter("codellama_cancelled", "Requests ended early.", registry=known)
+        self.prompt_tokens = Counter("codellama_prompt_tokens", "In prompts.", registry=known)
+        self.cached_tokens = Counter(
+            "codellama_cached_tokens", "Of these, found in the cache.", registry=known
         )
-        self.rate = Histogram(
-            "codellama_tokens_per_second",
-            "Of each text, behind its first piece.",
-            buckets=(1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000),
-            registry=registry,
+        self.tokens = Counter("codellama_generated_tokens", "Generated.", registry=known)
+        self.waiting = Gauge("codellama_waiting", "Texts not begun yet.", registry=known)
+        self.running = Gauge("codellama_running", "Texts being written.", registry=known)
+        self.first_token_s = Histogram(
+            "codellama_first_token_seconds", "Wait.", buckets=_SECONDS, registry=known
         )
-        self.running = Gauge("codellama_running", "Texts being written.", registry=registry)
-        self.waiting = Gauge("codellama_waiting", "Texts not begun yet.", registry=registry)
+        self.tokens_per_s = Histogram(
+            "codellama_tokens_per_second", "Behind the first.", buckets=_RATES, registry=known
+        )
 
-    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Add a value that is asked for when somebody looks."""
-        Gauge(f"codellama_{name}", text, registry=self.registry).set_function(value)
+    @contextmanager
+    def text(self, result: Result) -> Iterator[None]:
+        """Count one text while it is written."""
+        self.prompt_tokens.inc(len(result.prompt.ids))
+        result.on_first = self.begin
+        self.waiting.inc()
+        try:
+            yield
+        finally:
+            gauge = self.running if result.first_s else self.waiting
+            gauge.dec()
+            n_tokens, duration_s = len(result.token_ids), result.total_s - result.first_s
+            self.tokens.inc(n_tokens)
+            if n_tokens > 1 and duration_s > 0:
+                self.tokens_per_s.observe((n_tokens - 1) / duration_s)
 
-    def text(self) -> bytes:
-        """All of it."""
-        return generate_latest(self.registry)
+    def begin(self, result: Result) -> None:
+        """Count the first piece of a text."""
+        self.waiting.dec()
+        self.running.inc()
+        self.first_token_s.observe(result.first_s)
+        self.cached_tokens.inc(result.n_cached)

@@ -10,23 +10,101 @@ from itertools import accumulate
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
-from pydantic import Discriminator, Tag
+from pydantic import BaseModel, Discriminator, Field, Tag
 
-from codellama.engine import Piece
+from codellama.engine import Piece, SamplingParams
 from codellama.serve import prompts, tabby
-from codellama.serve.generation import Request, Result
-from codellama.serve.openai_bodies import ChatBody, CompletionBody, FimBody, Sampling
-from codellama.serve.replies import ApiError, as_events, as_json, user_mistakes
-from codellama.serve.service import Client, Running, Service, Stream
+from codellama.serve.bodies import ChatMessage, Count, Factor, N, ResponseFormat, Sampling, Whole
+from codellama.serve.generation import Edit, Request, Result
+from codellama.serve.replies import ApiError, as_events, as_json
+from codellama.serve.service import Client, Ready, Service, Stream
 from codellama.tokenizer import Tokenizer
 
 router = APIRouter()
-SPOKEN = {"stop": "stop", "length": "length", "cancelled": "length"}
+_SPOKEN = {None: None, "stop": "stop", "length": "length", "cancelled": "length"}
+_Text = str | list[str] | Annotated[list[Whole], Field(min_length=1)] | list[list[Whole]]
+
+
+class _StreamOptions(BaseModel):
+    include_usage: bool | None = None
+
+
+class _Asked(Sampling):
+    """Fields of OpenAI's bodies, vLLM's extensions, and ours."""
+
+    model: str | None = None
+    max_tokens: Annotated[Whole, Field(ge=0, lt=2**31)] | None = None
+    n: N | None = None
+    logit_bias: dict[str, float] | None = None
+    repetition_penalty: Factor | None = None
+    response_format: ResponseFormat | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    stop_token_ids: list[Whole] | None = None
+    return_token_ids: bool | None = None
+    suffix_first: bool | None = None
+    """Ours: SPM instead of PSM."""
+    trim_suffix: bool = False
+    """Ours: without an end that repeats the suffix."""
+    end_at_line: bool = False
+    """Ours: where max_tokens cuts a text, without its last, unfinished line."""
+
+    def settings(self, default_tokens: int, **more: Any) -> SamplingParams:
+        """What the engine is asked for."""
+        bias = self.logit_bias or {}
+        if wrong := [key for key in bias if not key.isdecimal()]:
+            raise ValueError(f"logit_bias of {wrong[0]!r}: expected token ids")
+        n_tokens = default_tokens if self.max_tokens is None else self.max_tokens
+        return self.params(
+            max_tokens=n_tokens,
+            temperature=1.0,
+            logit_bias=tuple((int(key), value) for key, value in bias.items()),
+            repetition_penalty=self.repetition_penalty,
+            schema=self.response_format and self.response_format.schema_text(),
+            **more,
+        )
+
+    def request(
+        self, found: Sequence[prompts.Prompt], params: SamplingParams, **more: Any
+    ) -> Request:
+        """For all prompts."""
+        stops = tuple(self.stop_token_ids or ())
+        found = [prompts.Prompt(p.ids, (*p.stop_ids, *stops), p.suffix) for p in found]
+        edit = Edit(trim_suffix=self.trim_suffix, whole_lines=self.end_at_line)
+        return Request(tuple(found), params, self.n or 1, edit=edit, **more)
+
+
+class CompletionBody(_Asked):
+    """/v1/completions. A suffix, even an empty one, asks for what stands before it."""
+
+    prompt: _Text
+    suffix: str | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=5)] | None = None
+    echo: bool | None = None
+    best_of: N | None = None
+
+
+class FimBody(_Asked):
+    """/v1/fim/completions, Mistral's shape."""
+
+    prompt: str
+    suffix: str | None = None
+    random_seed: Whole | None = None
+
+
+class ChatBody(_Asked):
+    """/v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    tools: list[Any] | None = None
 
 
 def _dialect(body: Any) -> str:
-    is_tabby = isinstance(body, dict) and "segments" in body
-    return "tabby" if is_tabby or isinstance(body, tabby.Body) else "openai"
+    is_tabby = isinstance(body, tabby.Body) or (isinstance(body, dict) and "segments" in body)
+    return "tabby" if is_tabby else "openai"
 
 
 CompletionOrTabby = Annotated[
@@ -36,268 +114,190 @@ CompletionOrTabby = Annotated[
 
 
 @router.post("/v1/completions")
-async def completions(body: CompletionOrTabby, service: Running, client: Client) -> Response:
+async def completions(body: CompletionOrTabby, service: Ready, client: Client) -> Response:
     """Continue a prompt, or fill the gap before a suffix. With `segments`: Tabby's dialect."""
     if isinstance(body, tabby.Body):
         return await tabby.complete(body, service, client)
-    with user_mistakes():
-        texts = _listed(body.prompt)
-        many = [_prompt(text, body, service) for text in texts]
-        params = body.params(
-            service,
-            16,
-            logprobs=body.logprobs is not None or (body.best_of or 1) > 1,
-            top_logprobs=body.logprobs or 0,
-        )
-    n = body.n or 1
-    if (body.best_of or n) < n or (body.stream and (body.best_of or n) > n):
+    is_one = isinstance(body.prompt, str) or (body.prompt and isinstance(body.prompt[0], int))
+    texts: list[Any] = [body.prompt] if is_one else list(body.prompt)
+    if not texts:
+        raise ValueError("prompt is an empty list: expected at least one")
+    n, best_of = body.n or 1, body.best_of or body.n or 1
+    if best_of < n or (body.stream and best_of > n):
         expected = f"n = {n} in a stream" if body.stream else f"at least n = {n}"
-        raise ApiError(400, f"best_of = {body.best_of}: expected {expected}", param="best_of")
-    is_infilling = body.suffix is not None
-    request = Request(tuple(many), params, n, body.best_of or n, body.edit, is_infilling)
-    reply = _Completions(service, body, request, texts)
-    if body.stream:
-        return await as_events(reply.chunks(service.stream(request, client)))
-    results = await service.results(request, client)
-    choices = [await reply.choice(number, result, 0) for number, result in enumerate(results)]
-    return as_json(reply.head("text_completion", choices, reply.usage(results)))
+        raise ApiError(400, f"best_of = {best_of}: expected {expected}", "best_of")
+    wants_logprobs = body.logprobs is not None or best_of > n
+    params = body.settings(16, logprobs=wants_logprobs, top_logprobs=body.logprobs)
+    if body.suffix is None:
+        recognise = service.limits.recognise
+        found = [prompts.completion(service.tokenizer, text, recognise) for text in texts]
+    else:
+        before = [t if isinstance(t, str) else service.tokenizer.decode(t) for t in texts]
+        found = [_gap(service, text, body.suffix, body.suffix_first) for text in before]
+    request = body.request(found, params, best_of=best_of, is_infilling=body.suffix is not None)
+    return await _Reply("text_completion", service, body, request, texts).send(client)
 
 
 @router.post("/v1/fim/completions")
-async def fim_completions(body: FimBody, service: Running, client: Client) -> Response:
+async def fim_completions(body: FimBody, service: Ready, client: Client) -> Response:
     """Fill the gap between prompt and suffix; the reply is shaped like chat."""
-    with user_mistakes():
-        prompt = infilling_prompt(service, body.prompt, body.suffix or "", body.suffix_first)
-        params = body.params(service, service.max_context, seed=body.random_seed or body.seed)
-    request = Request((prompt,), params, body.n or 1, edit=body.edit, is_infilling=True)
-    return await _chat_reply(_Chat(service, body, request, is_fim=True), client)
+    params = body.settings(service.max_context, seed=body.random_seed)
+    gap = _gap(service, body.prompt, body.suffix or "", body.suffix_first)
+    request = body.request([gap], params, is_infilling=True)
+    return await _Reply("chat.completion", service, body, request).send(client)
 
 
 @router.post("/v1/chat/completions")
-async def chat_completions(body: ChatBody, service: Running, client: Client) -> Response:
+async def chat_completions(body: ChatBody, service: Ready, client: Client) -> Response:
     """Answer a dialog."""
-    for name in ("tools", "functions"):
-        if getattr(body, name):
-            raise ApiError(400, f"{name}: the models served here call none", param=name)
-    with user_mistakes():
-        prompt = prompts.dialog(service.tokenizer, [m.plain() for m in body.messages])
-        params = body.params(
-            service,
-            service.max_context,
-            logprobs=bool(body.logprobs),
-            top_logprobs=(body.top_logprobs or 0) if body.logprobs else 0,
-            schema=body.response_format and body.response_format.schema_text(),
-        )
-    request = Request((prompt,), params, body.n or 1)
-    return await _chat_reply(_Chat(service, body, request), client)
+    if body.tools:
+        raise ApiError(400, "tools: the models served here call none", "tools")
+    if body.max_completion_tokens is not None:
+        body.max_tokens = body.max_completion_tokens
+    tops = body.top_logprobs if body.logprobs else None
+    params = body.settings(service.max_context, logprobs=body.logprobs, top_logprobs=tops)
+    prompt = prompts.dialog(service.tokenizer, [message.plain() for message in body.messages])
+    request = body.request([prompt], params)
+    return await _Reply("chat.completion", service, body, request).send(client)
 
 
 @router.get("/v1/models")
-async def models(service: Running) -> Response:
+async def models(service: Ready) -> Response:
     """The one model that is served."""
-    card, tokenizer = service.card, service.tokenizer
-    capabilities = ["completion"] + ["insert"] * tokenizer.supports_infilling
+    tokenizer = service.tokenizer
+    chats = tokenizer.chat_format is not None
     entry = {
-        "id": card.name,
+        "id": service.name,
         "object": "model",
-        "created": card.created,
+        "created": service.created,
         "owned_by": "codellama",
         "max_model_len": service.max_context,
-        "capabilities": capabilities + ["chat"] * (tokenizer.chat_format is not None),
-        "meta": card.meta,
+        "capabilities": ["completion"]
+        + ["insert"] * tokenizer.supports_infilling
+        + ["chat"] * chats,
+        "meta": service.meta,
     }
     return as_json({"object": "list", "data": [entry]})
 
 
-def infilling_prompt(
-    service: Service, prefix: str, suffix: str, suffix_first: bool | None = None
-) -> prompts.Prompt:
-    """The gap between two texts.
-
-    Raises:
-        ApiError: the model cannot infill.
-    """
-    tokenizer = service.tokenizer
-    if not tokenizer.supports_infilling:
-        message = f"{service.card.name} was not trained to infill"
-        raise ApiError(400, message, param="suffix", code="fim_not_supported")
+def _gap(service: Service, prefix: str, suffix: str, suffix_first: bool | None) -> prompts.Prompt:
+    if not service.tokenizer.supports_infilling:
+        message = f"{service.name} was not trained to infill"
+        raise ApiError(400, message, "suffix", "fim_not_supported")
     if suffix_first is None:
-        suffix_first = service.suffix_first
-    return prompts.infilling(tokenizer, prefix, suffix, suffix_first)
-
-
-def _listed(prompt: Any) -> list[Any]:
-    """The prompts of a batch."""
-    is_one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
-    found = [prompt] if is_one else list(prompt)
-    if not found:
-        raise ValueError("prompt is an empty list: expected at least one")
-    return found
-
-
-def _prompt(text: str | list[int], body: CompletionBody, service: Service) -> prompts.Prompt:
-    if body.suffix is None:
-        return prompts.completion(service.tokenizer, text, service.recognise)
-    if not isinstance(text, str):
-        text = service.tokenizer.decode(text)
-    return infilling_prompt(service, text, body.suffix, body.suffix_first)
+        suffix_first = service.limits.suffix_first
+    return prompts.infilling(service.tokenizer, prefix, suffix, suffix_first)
 
 
 class _Reply:
-    """What is the same in all parts of a reply."""
+    """One reply, whole or as a stream; `kind` is the name of its shape."""
 
-    def __init__(self, service: Service, body: Sampling, request: Request, kind: str) -> None:
-        self.service, self.body, self.request = service, body, request
-        self.id, self.created = f"{kind}-{secrets.token_hex(12)}", int(time.time())
-        options = body.stream_options
-        self.with_usage = bool(body.stream and options and options.include_usage)
+    def __init__(
+        self, kind: str, service: Service, body: Any, request: Request, texts: Sequence[Any] = ()
+    ) -> None:
+        self.kind, self.service, self.body, self.request = kind, service, body, request
+        self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
+        self.is_chat = kind == "chat.completion"
+        is_echo = not self.is_chat and body.echo
+        decode = service.tokenizer.decode
+        self.echoes = [t if isinstance(t, str) else decode(t) for t in texts] if is_echo else None
 
-    def head(
-        self, kind: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """A reply or a chunk of one."""
+    async def send(self, client: str) -> Response:
+        """Run the request and reply."""
+        if self.body.stream:
+            return await as_events(self.chunks(self.service.stream(self.request, client)))
+        results = await self.service.results(self.request, client)
+        choices = [await self.choice(n, result, "message") for n, result in enumerate(results)]
+        return as_json(self.head(self.kind, choices) | {"usage": self.usage(results)})
+
+    async def chunks(self, stream: Stream) -> AsyncGenerator[dict[str, Any]]:
+        """The pieces of all texts, then the usage where the client wants it."""
+        results: dict[int, Result] = {}
+        n_chars: dict[int, int] = {}
+        kind = self.kind + ".chunk" * self.is_chat
+        async with aclosing(stream) as pieces:
+            async for number, piece, result in pieces:
+                choice = await self.choice(number, piece, "delta", n_chars.get(number))
+                n_chars[number] = n_chars.get(number, 0) + len(choice.get("text", ""))
+                results[number] = result
+                yield self.head(kind, [choice])
+        if self.body.stream_options and self.body.stream_options.include_usage:
+            yield self.head(kind, []) | {"usage": self.usage(results.values())}
+
+    def head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """What is the same in all parts of a reply."""
         known = {"id": self.id, "object": kind, "created": self.created}
-        known |= {"model": self.service.card.name, "choices": choices}
-        return known if usage is None else known | {"usage": usage}
+        return known | {"model": self.service.name, "choices": choices}
 
     def usage(self, results: Iterable[Result]) -> dict[str, Any]:
         """Tokens of the prompts, each once, and of all texts."""
         results = list(results)
         n_prompt = sum(len(prompt.ids) for prompt in self.request.prompts)
         n_new = sum(len(result.token_ids) for result in results)
+        n_cached = sum(result.n_cached for result in results[:: self.request.n])
         return {
             "prompt_tokens": n_prompt,
             "completion_tokens": n_new,
             "total_tokens": n_prompt + n_new,
-            "prompt_tokens_details": {
-                "cached_tokens": sum(r.n_cached for r in results[:: self.request.n])
-            },
+            "prompt_tokens_details": {"cached_tokens": n_cached},
         }
 
-    def ids(self, number: int, part: Piece | Result, is_first: bool) -> dict[str, Any]:
-        """The ids that a choice carries where the client wants them."""
-        if not self.body.return_token_ids:
-            return {}
-        prompt = self.request.prompts[number // self.request.n]
-        known = {"prompt_token_ids": prompt.ids} if is_first else {}
-        return known | {"token_ids": part.token_ids}
-
-
-class _Completions(_Reply):
-    """Replies of /v1/completions."""
-
-    def __init__(
-        self, service: Service, body: CompletionBody, request: Request, texts: Sequence[Any]
-    ) -> None:
-        super().__init__(service, body, request, "cmpl")
-        tokenizer = service.tokenizer
-        self.echoes = [t if isinstance(t, str) else tokenizer.decode(t) for t in texts]
-        self.echo, self.n_logprobs = bool(body.echo), body.logprobs
-
-    async def choice(self, number: int, part: Piece | Result, n_chars: int) -> dict[str, Any]:
-        """A text, or a piece of it that stands behind so many characters."""
-        text, ids, logprobs = part.text, list(part.token_ids), list[float | None](part.logprobs)
-        tops: list[Any] = list(part.top_logprobs)
-        which = number // self.request.n
-        if self.echo and n_chars == 0:
-            text = self.echoes[which] + text
-            if self.n_logprobs is not None:
-                prompt = self.request.prompts[which].ids
-                scores = await self.service.score(prompt) if len(prompt) > 1 else []
-                ids, logprobs = [*prompt, *ids], [None, *scores, *logprobs]
-                tops = [*[None] * len(prompt), *tops]
-        shown = None
-        if self.n_logprobs is not None:
-            tokens = [token_text(self.service.tokenizer, i) for i in ids]
-            shown = {
-                "tokens": tokens,
-                "token_logprobs": [None if p is None else _finite(p) for p in logprobs],
-                "top_logprobs": [self._top(top) for top in tops] if self.n_logprobs else None,
-                "text_offset": list(accumulate(map(len, tokens), initial=n_chars))[:-1],
-            }
-        known = {"index": number, "text": text, "logprobs": shown}
-        known["finish_reason"] = part.finish_reason and SPOKEN[part.finish_reason]
-        return known | self.ids(number, part, n_chars == 0)
-
-    async def chunks(self, stream: Stream) -> AsyncGenerator[dict[str, Any]]:
-        """The pieces of all texts, then the usage."""
-        results: dict[int, Result] = {}
-        n_chars: dict[int, int] = {}
-        async with aclosing(stream) as pieces:
-            async for number, piece, result in pieces:
-                results[number] = result
-                choice = await self.choice(number, piece, n_chars.get(number, 0))
-                n_chars[number] = n_chars.get(number, 0) + max(1, len(choice["text"]))
-                yield self.head("text_completion", [choice])
-        if self.with_usage:
-            yield self.head("text_completion", [], self.usage(results.values()))
-
-    def _top(self, top: Any) -> dict[str, float] | None:
-        tokenizer = self.service.tokenizer
-        return top and {token_text(tokenizer, i): _finite(p) for i, p in top}
-
-
-class _Chat(_Reply):
-    """Replies of /v1/chat/completions, and Mistral's, whose texts are never absent."""
-
-    def __init__(
-        self, service: Service, body: Sampling, request: Request, is_fim: bool = False
-    ) -> None:
-        super().__init__(service, body, request, "fim" if is_fim else "chatcmpl")
-        self.is_fim = is_fim
-
-    def choice(
-        self, number: int, part: Piece | Result, message: dict[str, Any], is_first: bool = True
+    async def choice(
+        self, number: int, part: Piece | Result, name: str, n_chars: int | None = None
     ) -> dict[str, Any]:
-        """A message, or what it grew by."""
-        shown = {"content": self._logprobs(part)} if self.request.params.logprobs else None
-        known = {"index": number, **message, "logprobs": shown}
-        known["finish_reason"] = part.finish_reason and SPOKEN[part.finish_reason]
-        return known | self.ids(number, part, is_first)
+        """A text, or its next piece, behind so many characters; None begins it."""
+        which, is_first = number // self.request.n, n_chars is None
+        choice: dict[str, Any] = {"index": number}
+        logprobs = None
+        if self.is_chat:
+            message = {"role": "assistant"} if is_first else {}
+            choice[name] = message | {"content": part.text}
+            if self.request.params.logprobs:
+                logprobs = {"content": self._chat_logprobs(part)}
+        else:
+            echo = self.echoes[which] if self.echoes and is_first else None
+            choice["text"] = (echo or "") + part.text
+            if self.body.logprobs is not None:
+                logprobs = await self._logprobs(which, part, n_chars or 0, echo is not None)
+        choice |= {"logprobs": logprobs, "finish_reason": _SPOKEN[part.finish_reason]}
+        if self.body.return_token_ids:
+            choice["token_ids"] = part.token_ids
+            if is_first:
+                choice["prompt_token_ids"] = self.request.prompts[which].ids
+        return choice
 
-    async def chunks(self, stream: Stream) -> AsyncGenerator[dict[str, Any]]:
-        """A first chunk with the role for each text, its pieces, then the usage."""
-        results: dict[int, Result] = {}
-        kind = "chat.completion.chunk"
-        async with aclosing(stream) as pieces:
-            async for number, piece, result in pieces:
-                is_first = number not in results
-                results[number] = result
-                if is_first:
-                    role = {"role": "assistant", "content": ""}
-                    opening = {"index": number, "delta": role, "finish_reason": None}
-                    yield self.head(kind, [opening])
-                delta = {"content": piece.text}
-                if piece.finish_reason and not piece.token_ids and not self.is_fim:
-                    delta = {"content": piece.text} if piece.text else {}
-                yield self.head(kind, [self.choice(number, piece, {"delta": delta}, is_first)])
-        if self.with_usage:
-            yield self.head(kind, [], self.usage(results.values()))
+    async def _logprobs(
+        self, which: int, part: Piece | Result, n_chars: int, has_echo: bool
+    ) -> dict[str, Any]:
+        """The older shape: a list for each property; an echo has no likeliest tokens."""
+        ids, values, tops = list(part.token_ids), [*part.logprobs], [*part.top_logprobs]
+        if has_echo:
+            prompt = self.request.prompts[which].ids
+            scores = await self.service.score(prompt)
+            ids = [*prompt, *ids]
+            values, tops = [None, *scores, *values], [*[None] * len(prompt), *tops]
+        tokenizer = self.service.tokenizer
+        tokens = [token_text(tokenizer, token) for token in ids]
+        shown = [top and {token_text(tokenizer, i): _finite(p) for i, p in top} for top in tops]
+        return {
+            "tokens": tokens,
+            "token_logprobs": [None if value is None else _finite(value) for value in values],
+            "top_logprobs": shown if self.body.logprobs else None,
+            "text_offset": list(accumulate(map(len, tokens), initial=n_chars))[:-1],
+        }
 
-    def _logprobs(self, part: Piece | Result) -> list[dict[str, Any]]:
-        """One entry for each token, with the likeliest ones where asked for."""
+    def _chat_logprobs(self, part: Piece | Result) -> list[dict[str, Any]]:
+        """The newer shape: an object for each token."""
         tops = part.top_logprobs or [()] * len(part.token_ids)
         return [
-            self._token(i, p) | {"top_logprobs": [self._token(*other) for other in top]}
-            for i, p, top in zip(part.token_ids, part.logprobs, tops, strict=False)
+            self._token(token, value) | {"top_logprobs": [self._token(*other) for other in top]}
+            for token, value, top in zip(part.token_ids, part.logprobs, tops, strict=True)
         ]
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         data = self.service.tokenizer.token_bytes(token)
-        text = token_text(self.service.tokenizer, token)
+        text = data.decode("utf-8", "replace")
         return {"token": text, "logprob": _finite(logprob), "bytes": list(data)}
-
-
-async def _chat_reply(reply: _Chat, client: str) -> Response:
-    service, request = reply.service, reply.request
-    if reply.body.stream:
-        return await as_events(reply.chunks(service.stream(request, client)))
-    results = await service.results(request, client)
-    choices = [
-        reply.choice(n, r, {"message": {"role": "assistant", "content": r.text}})
-        for n, r in enumerate(results)
-    ]
-    return as_json(reply.head("chat.completion", choices, reply.usage(results)))
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

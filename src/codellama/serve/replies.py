@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from fastapi import Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
 
 PING_S = 10.0
-TYPES = {
-    400: "invalid_request_error",
+_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    429: "rate_limit_error",
     500: "server_error",
     501: "not_supported_error",
     503: "unavailable_error",
+    504: "timeout_error",
 }
 
 
@@ -31,57 +30,22 @@ class ApiError(Exception):
         self,
         status: int,
         message: str,
-        kind: str | None = None,
         param: str | None = None,
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param = status, message, param
-        self.kind = kind or TYPES.get(status, "invalid_request_error")
-        self.code = code or status
-        self.headers = headers or {}
+        self.status, self.message, self.headers = status, message, headers or {}
+        kind = _TYPES.get(status, "invalid_request_error")
+        self.detail = {"message": message, "type": kind, "param": param, "code": code or status}
 
-    def body(self, path: str) -> dict[str, Any]:
-        """The JSON of the error in the dialect of a path."""
-        if path.startswith("/api/"):
-            return {"error": self.message}
-        known = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
-        return {"error": known}
+    def body(self, is_ollama: bool) -> dict[str, Any]:
+        """The JSON of the error; Ollama has a text where the others have an object."""
+        return {"error": self.message if is_ollama else self.detail}
 
     def response(self, path: str) -> Response:
-        """The whole reply."""
-        return as_json(self.body(path), self.status, self.headers)
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | int
-
-
-class ErrorBody(BaseModel):
-    """Every error, except Ollama's."""
-
-    error: ErrorDetail
-
-
-class OllamaError(BaseModel):
-    """An error below /api/."""
-
-    error: str
-
-
-@contextmanager
-def user_mistakes() -> Iterator[None]:
-    """What is wrong with a request becomes a 400."""
-    try:
-        yield
-    except ValueError as error:
-        raise ApiError(400, str(error)) from None
+        """The whole reply, in the dialect of a path."""
+        return as_json(self.body(path.startswith("/api/")), self.status, self.headers)
 
 
 def as_json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -89,60 +53,59 @@ def as_json(value: Any, status: int = 200, headers: dict[str, str] | None = None
     return Response(json.dumps(value), status, headers, "application/json")
 
 
-async def as_events(chunks: AsyncGenerator[Any], done: bool = True) -> Response:
-    """Server-sent events, with [DONE] behind the last where asked."""
+async def as_events(chunks: AsyncGenerator[Any], done: bytes = b"data: [DONE]\n\n") -> Response:
+    """Server-sent events; comments keep the connection alive until the first."""
 
-    def line(chunk: Any) -> bytes:
+    def event(chunk: Any) -> bytes:
         return f"data: {json.dumps(chunk)}\n\n".encode()
 
-    last = b"data: [DONE]\n\n" if done else b""
-    return await _streamed(chunks, line, last, b": wait\n\n", "text/event-stream")
+    return await _streamed(chunks, event, b": wait\n\n", done, "text/event-stream")
 
 
 async def as_lines(chunks: AsyncGenerator[Any]) -> Response:
     """One JSON object on each line."""
 
     def line(chunk: Any) -> bytes:
-        return json.dumps(chunk).encode() + b"\n"
+        return f"{json.dumps(chunk)}\n".encode()
 
     return await _streamed(chunks, line, b"", b"", "application/x-ndjson")
 
 
 async def _streamed(
-    chunks: AsyncGenerator[Any], line: Any, last: bytes, ping: bytes, media_type: str
+    chunks: AsyncGenerator[Any],
+    encoded: Callable[[Any], bytes],
+    ping: bytes,
+    done: bytes,
+    media_type: str,
 ) -> Response:
-    """Stream chunks; an error before the first is still a reply of its own.
-
-    Where the first takes long, the reply begins without it and comments keep the line open.
-    """
+    """Stream chunks. An error before the first is still a reply with a status of its own."""
     first = asyncio.ensure_future(anext(chunks))
-    try:
-        await asyncio.wait({first}, timeout=PING_S)
-        if first.done():
-            first.result()
-    except BaseException:
-        await _close(first, chunks)
-        raise
+
+    async def close() -> None:
+        if not first.done():
+            first.cancel()
+            await asyncio.wait({first})
+        await chunks.aclose()
 
     async def body() -> AsyncIterator[bytes]:
         try:
             while not first.done():
                 yield ping
                 await asyncio.wait({first}, timeout=PING_S)
-            yield line(first.result())
+            yield encoded(first.result())
             async for chunk in chunks:
-                yield line(chunk)
-            yield last
+                yield encoded(chunk)
+            yield done
         except ApiError as error:
-            yield line(error.body("/api/" if media_type == "application/x-ndjson" else "/"))
+            yield encoded(error.body(is_ollama=not ping))
         finally:
-            await _close(first, chunks)
+            await close()
 
+    try:
+        await asyncio.wait({first}, timeout=PING_S)
+        if first.done():
+            first.result()
+    except BaseException:
+        await close()
+        raise
     return StreamingResponse(body(), headers={"cache-control": "no-store"}, media_type=media_type)
-
-
-async def _close(first: asyncio.Future[Any], chunks: AsyncGenerator[Any]) -> None:
-    if not first.done():
-        first.cancel()
-        await asyncio.wait({first})
-    await chunks.aclose()

@@ -1,4 +1,4 @@
-"""The service: runs Requests on an engine, within limits, and counts what happens.
+"""The service: runs Requests on an engine or a cluster, within limits, and counts what happens.
 
 Each text has a task that takes its pieces from the engine as they come, so that a slow reader holds
 neither the engine nor a place. Whoever closes the stream ends what is left of it.
@@ -9,122 +9,96 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from fastapi import Depends
 from fastapi import Request as HttpRequest
 
-from codellama.engine import Piece, SamplingParams
-from codellama.serve.admission import Admission
+from codellama.engine import Engine, Piece, SamplingParams
+from codellama.engine.endpoint import Endpoint
+from codellama.engine.grammar import matcher_of
 from codellama.serve.generation import Edit, Request, Result, edited
 from codellama.serve.metrics import Metrics
+from codellama.serve.prompts import Prompt
 from codellama.serve.replies import ApiError
 from codellama.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
-
-
-class Source(Protocol):
-    """What the server needs of an Engine or an Endpoint."""
-
-    max_context: int
-
-    @property
-    def failure(self) -> str | None:
-        """Why nothing can run any more."""
-        ...
-
-    def pieces(
-        self, prompt: Sequence[int], params: SamplingParams, stop_ids: Sequence[int]
-    ) -> AsyncIterator[Piece]:
-        """Continue ids."""
-        ...
-
-    def score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probabilities of all tokens but the first."""
-        ...
-
-    def cancel(self) -> None:
-        """End everything."""
-        ...
+Stream = AsyncGenerator[tuple[int, Piece, Result]]
+"""Number of the text, its next piece, and all of it so far."""
+News = asyncio.Queue[tuple[int, Piece, Result] | ApiError]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server, and one request, may take."""
+    """What may be under way, and how requests are understood."""
 
     max_texts: int = 128
-    """Texts under way, running or waiting; more are refused with 429."""
+    """Running or waiting; more are refused."""
     max_total_tokens: int = 1 << 20
-    """Of all texts under way, prompts and what they may become."""
+    """Of all these texts, prompts and what they may become."""
     max_new_tokens: int = 1 << 16
     """Of one text."""
-    max_body_bytes: int = 4 << 20
     timeout_s: float = 600.0
     newest_wins: bool = False
     """Whether a client's infilling ends where it asks for another."""
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """What the server says about its model."""
-
-    name: str
-    created: int
-    meta: dict[str, Any]
-    """llama.cpp's names: n_vocab, n_ctx_train, n_embd, n_params, size (bytes)."""
-
-
-Stream = AsyncGenerator[tuple[int, Piece, Result]]
-"""Number of the text, its next piece, and all of it so far."""
+    recognise: bool = True
+    """Whether prompts in the written form of infilling are taken for it."""
+    suffix_first: bool = False
+    """SPM where a client does not say."""
 
 
 class Service:
-    """One engine with its tokenizer, limits and counters."""
+    """One model with its limits and counters.
+
+    Args:
+        meta: what llama.cpp's clients want to know of it: n_vocab, n_ctx_train, n_embd, n_params,
+            size (bytes); and its precision.
+    """
 
     def __init__(
         self,
-        source: Source,
+        source: Engine | Endpoint,
         tokenizer: Tokenizer,
-        card: ModelCard,
-        limits: Limits,
-        recognise: bool = True,
-        suffix_first: bool = False,
+        name: str,
+        meta: dict[str, Any],
+        limits: Limits = Limits(),
     ) -> None:
-        self.source, self.tokenizer, self.card, self.limits = source, tokenizer, card, limits
-        self.recognise, self.suffix_first = recognise, suffix_first
-        self.max_context = source.max_context
-        self.admission = Admission(limits.max_texts, limits.max_total_tokens)
+        self.source, self.tokenizer, self.name = source, tokenizer, name
+        self.meta, self.limits = meta, limits
+        self.max_context, self.created = source.max_context, int(time.time())
         self.metrics = Metrics()
+        self.n_texts = self.n_tokens = 0
+        self._under_way: dict[News, str | None] = {}
         self._scoring = asyncio.Lock()
 
-    async def stream(self, request: Request, client: str | None = None) -> Stream:
-        """Every piece of every text of a request, in the order of their coming.
+    @property
+    def is_full(self) -> bool:
+        """Whether not even one more text may begin."""
+        return self.n_texts >= self.limits.max_texts
 
-        Texts are numbered prompt by prompt. Closing the stream ends them all.
+    async def stream(self, request: Request, client: str | None = None) -> Stream:
+        """Every piece of every text of a request, as they come; texts count prompt by prompt.
 
         Raises:
-            ApiError: refused, timed out, replaced by a newer request, or failed.
+            ApiError: refused, too late, replaced by a newer request of this client, or failed.
         """
-        jobs = self._jobs(request)
-        n_tokens = sum(
-            min(len(prompt.ids) + params.max_tokens, self.max_context) for prompt, params in jobs
-        )
-        news: asyncio.Queue[tuple[int, Piece, Result] | ApiError] = asyncio.Queue()
-        if not (self.limits.newest_wins and request.is_infilling):
-            client = None
-        leave = self.admission.enter(len(jobs), n_tokens, client, news.put_nowait)
+        jobs = await self._jobs(request)
+        news: News = asyncio.Queue()
+        only_newest = self.limits.newest_wins and request.is_infilling
+        leave = self._enter(jobs, news, client if only_newest else None)
         tasks = [
             asyncio.ensure_future(self._write(number, prompt, params, request.edit, news))
             for number, (prompt, params) in enumerate(jobs)
         ]
         everything = asyncio.gather(*tasks, return_exceptions=True)
-        everything.add_done_callback(lambda _: leave())
-        late = ApiError(504, f"not finished within {self.limits.timeout_s:g} s", "timeout_error")
+        everything.add_done_callback(leave)
+        late = ApiError(504, f"not finished within {self.limits.timeout_s:g} s")
         timer = asyncio.get_running_loop().call_later(self.limits.timeout_s, news.put_nowait, late)
         n_left = len(tasks)
         try:
@@ -139,6 +113,7 @@ class Service:
             if n_left:
                 self.metrics.cancelled.inc()
                 everything.cancel()
+                leave()
 
     async def results(self, request: Request, client: str | None = None) -> list[Result]:
         """All texts of a request once they are whole, the best n of each prompt.
@@ -148,114 +123,99 @@ class Service:
         """
         async with aclosing(self.stream(request, client)) as stream:
             found = {number: result async for number, _, result in stream}
-        results = [found[number] for number in sorted(found)]
-        if request.best_of <= request.n:
-            return results
-        groups = [
-            results[at : at + request.best_of] for at in range(0, len(results), request.best_of)
-        ]
-        return [
-            result
-            for group in groups
-            for result in sorted(group, key=_mean_logprob, reverse=True)[: request.n]
-        ]
+        best: list[Result] = []
+        for start in range(0, len(found), request.n_tried):
+            group = [found[start + i] for i in range(request.n_tried)]
+            if request.n_tried > request.n:
+                group.sort(key=lambda r: sum(r.logprobs) / max(1, len(r.logprobs)), reverse=True)
+            best += group[: request.n]
+        return best
 
     async def score(self, ids: Sequence[int]) -> list[float]:
         """Log-probabilities of a prompt's tokens after the first; one prompt at a time."""
         async with self._scoring:
             return (await asyncio.to_thread(self.source.score, [ids]))[0]
 
-    def _jobs(self, request: Request) -> list[tuple[Any, SamplingParams]]:
-        """(prompt, params) of each text; the i-th of a prompt has the seed + i."""
+    def end(self, error: ApiError, client: str | None = None) -> None:
+        """End what is under way, of one client or of all."""
+        for news, owner in list(self._under_way.items()):
+            if client in (None, owner):
+                news.put_nowait(error)
+
+    async def _jobs(self, request: Request) -> list[tuple[Prompt, SamplingParams]]:
+        """Each text's prompt and params; the i-th of a prompt has the seed + i."""
         params, most = request.params, self.limits.max_new_tokens
-        # No more than fits, said or not; a wish beyond a limit of the operator is refused.
         if params.max_tokens > most and self.max_context > most:
             raise ApiError(400, f"max_tokens = {params.max_tokens}: expected at most {most}")
-        count = max(request.n, request.best_of)
-        jobs = []
+        n_ids = self.tokenizer.vocab_size
+        if wrong := [token for token, _ in params.logit_bias if token >= n_ids]:
+            raise ApiError(400, f"logit_bias of {wrong[0]}: expected token ids in [0, {n_ids})")
+        if params.schema is not None:  # compiled once, not in the event loop
+            await asyncio.to_thread(matcher_of, self.tokenizer, params.schema)
         for prompt in request.prompts:
-            if len(prompt.ids) > self.max_context:
-                raise ApiError(
-                    400,
-                    f"the prompt has {len(prompt.ids)} tokens, the model's context "
-                    f"{self.max_context}",
-                    code="context_length_exceeded",
-                )
-            for i in range(count):
-                seed = None if params.seed is None else params.seed + i
-                jobs.append((prompt, replace(params, seed=seed)))
-        return jobs
+            if (n := len(prompt.ids)) > self.max_context:
+                message = f"the prompt has {n} tokens, the model's context {self.max_context}"
+                raise ApiError(400, message, code="context_length_exceeded")
+        seeds = [None if params.seed is None else params.seed + i for i in range(request.n_tried)]
+        return [(p, replace(params, seed=seed)) for p in request.prompts for seed in seeds]
+
+    def _enter(
+        self, jobs: list[tuple[Prompt, SamplingParams]], news: News, client: str | None
+    ) -> Callable[..., None]:
+        """Count a request in; what is returned counts it out, once."""
+        limits = self.limits
+        tokens = [min(len(p.ids) + params.max_tokens, self.max_context) for p, params in jobs]
+        n_texts, n_tokens = len(jobs), sum(tokens)
+        if n_texts > limits.max_texts or n_tokens > limits.max_total_tokens:
+            raise ApiError(
+                400,
+                f"{n_texts} texts of {n_tokens} tokens in one request: expected at most "
+                f"{limits.max_texts} texts of {limits.max_total_tokens} tokens in all",
+            )
+        if client is not None:
+            self.end(ApiError(409, "a newer request of this client took its place"), client)
+        is_busy = self.n_tokens + n_tokens > limits.max_total_tokens
+        if self.n_texts + n_texts > limits.max_texts or is_busy:
+            raise busy()
+        self.n_texts += n_texts
+        self.n_tokens += n_tokens
+        self._under_way[news] = client
+
+        def leave(_: object = None) -> None:
+            if news in self._under_way:
+                del self._under_way[news]
+                self.n_texts -= n_texts
+                self.n_tokens -= n_tokens
+
+        return leave
 
     async def _write(
-        self,
-        number: int,
-        prompt: Any,
-        params: SamplingParams,
-        edit: Edit,
-        news: asyncio.Queue[tuple[int, Piece, Result] | ApiError],
+        self, number: int, prompt: Prompt, params: SamplingParams, edit: Edit, news: News
     ) -> None:
         """Bring the pieces of one text into the queue."""
-        metrics, result = self.metrics, Result(prompt)
-        metrics.prompt_tokens.inc(len(prompt.ids))
-        gauge = metrics.waiting
-        gauge.inc()
-        try:
-            pieces = self.source.pieces(prompt.ids, params, prompt.stop_ids)
-            if edit != Edit():
-                pieces = edited(pieces, edit, prompt.suffix)
-            async with aclosing(pieces) as stream:  # pyright: ignore[reportArgumentType]
-                async for piece in stream:
-                    result.add(piece)
-                    if gauge is metrics.waiting:
-                        gauge.dec()
-                        gauge = metrics.running
-                        gauge.inc()
-                        metrics.first_token.observe(result.first_s)
-                        metrics.cached_tokens.inc(piece.n_cached)
-                    metrics.tokens.inc(len(piece.token_ids))
-                    news.put_nowait((number, piece, result))
-            if len(result.token_ids) > 1 and result.total_s > result.first_s:
-                metrics.rate.observe(
-                    (len(result.token_ids) - 1) / (result.total_s - result.first_s)
-                )
-        except Exception as error:  # noqa: BLE001  whatever it is, the client must hear of it
-            if isinstance(error, ValueError) and params.schema is not None and not result.text:
-                news.put_nowait(ApiError(400, str(error), param="response_format"))
-            else:
+        result = Result(prompt)
+        with self.metrics.text(result):
+            try:
+                pieces: Any = self.source.pieces(prompt.ids, params, prompt.stop_ids)
+                if edit != Edit():
+                    pieces = edited(pieces, edit, prompt.suffix)
+                async with aclosing(pieces) as stream:
+                    async for piece in stream:
+                        result.add(piece)
+                        news.put_nowait((number, piece, result))
+            except Exception as error:  # noqa: BLE001  whatever it is, the client must hear of it
                 news.put_nowait(failed(error))
-        finally:
-            gauge.dec()
 
 
-def _running(http: HttpRequest) -> Service:
-    """The service of an app, once its model is there.
-
-    Raises:
-        ApiError: it is not, or no longer.
-    """
-    service: Service | None = http.app.state.service
-    if service is None:
-        raise ApiError(503, "Loading model", headers={"retry-after": "1"})
-    if service.source.failure is not None:
-        raise ApiError(503, "the engine has stopped")
-    return service
-
-
-def _client(http: HttpRequest) -> str:
-    """Who asks, as far as one can tell editors apart."""
-    names = ("authorization", "user-agent")
-    host = http.client.host if http.client else ""
-    return "\n".join([host, *(http.headers.get(name, "") for name in names)])
-
-
-Running = Annotated[Service, Depends(_running)]
-Client = Annotated[str, Depends(_client)]
+def busy() -> ApiError:
+    """The refusal because of the load."""
+    return ApiError(429, "the server is busy; try again", headers={"retry-after": "1"})
 
 
 def failed(error: Exception) -> ApiError:
     """What a client hears of an error of ours: a number that stands in the log, too.
 
-    The log has where it happened, not the message, which may hold what a client wrote.
+    The log has where it happened but not the message, which may hold what a client wrote.
     """
     number = secrets.token_hex(6)
     where = "".join(traceback.format_tb(error.__traceback__))
@@ -263,5 +223,25 @@ def failed(error: Exception) -> ApiError:
     return ApiError(500, f"the server failed; error {number} in its log")
 
 
-def _mean_logprob(result: Result) -> float:
-    return sum(result.logprobs) / max(1, len(result.logprobs))
+def ready(http: HttpRequest) -> Service:
+    """The service of an app.
+
+    Raises:
+        ApiError: its model is not there yet, or no longer.
+    """
+    service: Service | None = http.app.state.service
+    if service is None:
+        raise ApiError(503, "Loading model", headers={"retry-after": "1"})
+    if service.source.failure is not None:
+        raise ApiError(503, "the model cannot be reached or has stopped")
+    return service
+
+
+def _client(http: HttpRequest) -> str:
+    """Who asks, as far as editors can be told apart."""
+    host = http.client.host if http.client else ""
+    return "\n".join([host, *(http.headers.get(n, "") for n in ("authorization", "user-agent"))])
+
+
+Ready = Annotated[Service, Depends(ready)]
+Client = Annotated[str, Depends(_client)]
