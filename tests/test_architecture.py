@@ -37,7 +37,7 @@ LAYERS: dict[str, set[str]] = {
     "engine": MODEL_SIDE | {"recipe"},
     "selfinstruct": {"engine", "sandbox", "data", "tokenizer", "recipe", "artifact"},
     "eval": {"engine", "sandbox", "data", "tokenizer", "recipe", "artifact"},
-    "serve": {"engine", "tokenizer", "recipe"},
+    "serve": {"engine", "tokenizer", "recipe", "artifact"},
     # what people see
     "conversation": {"engine", "tokenizer", "terminal"},
     "demo": {"engine", "tokenizer", "terminal"},

@@ -16,7 +16,7 @@ import typer
 
 from codellama import terminal
 from codellama.artifact import code_version
-from codellama.commands import build, evaluate, files, generate, sandbox
+from codellama.commands import build, evaluate, files, generate, sandbox, serve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,6 +29,7 @@ for command in (
     generate.infill,
     generate.chat,
     generate.demo,
+    serve.serve,
     build.prepare,
     build.train,
     build.run,
