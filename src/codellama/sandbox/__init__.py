@@ -7,6 +7,7 @@ an Outcome whatever the program does; docs/sandbox.md explains what each layer s
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from codellama.sandbox.outcome import Limits, Outcome
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from codellama.sandbox.jailer import NoIsolationError
     from codellama.sandbox.pool import Mode, Pool
 
+_LAZY = {"Pool": "pool", "NoIsolationError": "jailer"}  # importing them is slow
 __all__ = ["Limits", "NoIsolationError", "Outcome", "Pool", "judge", "run", "run_many"]
 
 
@@ -91,12 +93,6 @@ def _with_pool(mode: Mode, do: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Pool":
-        from codellama.sandbox.pool import Pool
-
-        return Pool
-    if name == "NoIsolationError":
-        from codellama.sandbox.jailer import NoIsolationError
-
-        return NoIsolationError
-    raise AttributeError(f"module 'codellama.sandbox' has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'codellama.sandbox' has no attribute {name!r}")
+    return getattr(import_module(f"codellama.sandbox.{_LAZY[name]}"), name)

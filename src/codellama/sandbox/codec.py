@@ -44,23 +44,8 @@ _REMADE: dict[str, tuple[type, Callable[[Any], tuple[Any, ...]]]] = {
     ),
 }
 _NAME_OF_REMADE = {kind: name for name, (kind, _) in _REMADE.items()}
-_TYPES = {
-    kind.__name__: kind
-    for kind in (
-        int,
-        float,
-        str,
-        bytes,
-        bool,
-        complex,
-        list,
-        tuple,
-        dict,
-        set,
-        frozenset,
-        type(None),
-    )
-}
+_PLAIN = (int, float, str, bytes, bool, complex, list, tuple, dict, set, frozenset, type(None))
+_TYPES = {kind.__name__: kind for kind in _PLAIN}
 _BASES = (bool, int, float, str, bytes, bytearray, list, tuple, dict, set, frozenset, complex)
 
 

@@ -8,6 +8,7 @@ rest of the tree does not exist. What happens inside is in zygote.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -64,32 +65,21 @@ def enter(view: list[str]) -> None:
         OSError: a step failed; its text names the call.
     """
     proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
+    mounted = False
     if os.geteuid() == 0:
-        # Mount as root, which can reach an interpreter in a folder that nobody else may enter.
-        try:
+        # Mount as root, which can reach an interpreter in a folder that nobody else may enter. A
+        # container's root without CAP_SYS_ADMIN is like any user.
+        with contextlib.suppress(PermissionError):
             kernel.unshare(kernel.NEW_NS)
             _build_root(view)
-            _become_nobody()
-            _unshare_all(proc)
-        except PermissionError:  # a container's root without CAP_SYS_ADMIN is like any user
-            if os.geteuid() != 0:
-                raise
-            _become_nobody()
-            _enter_as_user(view, proc)
-    else:
-        _enter_as_user(view, proc)
-    os.close(proc)
-
-
-def _enter_as_user(view: list[str], proc: int) -> None:
-    _unshare_all(proc)
-    _build_root(view)
-
-
-def _unshare_all(proc: int) -> None:
+            mounted = True
+        _become_nobody()
     user, group = os.geteuid(), os.getegid()  # in the new namespace they have no number yet
     kernel.unshare(_NAMESPACES)
     _map_user(proc, user, group)
+    if not mounted:
+        _build_root(view)
+    os.close(proc)
 
 
 def _become_nobody() -> None:

@@ -109,21 +109,7 @@ def _between_objects(name: str) -> Callable[[Any, Any], Any]:
     return operate
 
 
-for _name in (
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "matmul",
-    "or",
-    "and",
-):
+for _name in "eq ne lt le gt ge add sub mul truediv matmul or and".split():  # noqa: SIM905
     setattr(_Stub, f"__{_name}__", _between_objects(f"__{_name}__"))
 for _name in ("__next__", "__len__", "__getitem__", "__str__", "__repr__"):
     setattr(_Stub, _name, lambda stub, *arguments, name=_name: _special(stub, name, *arguments))

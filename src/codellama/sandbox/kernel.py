@@ -89,11 +89,9 @@ def restrict_mount(target: str, attributes: int, recursive: bool = True) -> None
     """Add attributes such as ATTR_RDONLY to a mount and, by default, to those below it."""
     attr = struct.pack("QQQQ", attributes, 0, 0, 0)
     flags = _AT_RECURSIVE if recursive else 0
-    path = os.fsencode(target)
-    _checked(
-        f"mount_setattr {target}",
-        _syscall(_MOUNT_SETATTR, _AT_FDCWD, path, flags, attr, ctypes.c_size_t(len(attr))),
-    )
+    size = ctypes.c_size_t(len(attr))
+    result = _syscall(_MOUNT_SETATTR, _AT_FDCWD, os.fsencode(target), flags, attr, size)
+    _checked(f"mount_setattr {target}", result)
 
 
 def change_root(new_root: str) -> None:

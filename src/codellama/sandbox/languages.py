@@ -41,40 +41,26 @@ class Language:
         return {"PATH": path, "HOME": _HOME, "TMPDIR": _HOME, "LANG": "C.UTF-8", **self.variables}
 
 
+_JAVA = (
+    "javac -J-XX:TieredStopAtLevel=1 -J-XX:-UsePerfData -nowarn Main.java",
+    "java -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -Xms16m -Xss64m -ea Main",
+)
+_JAVATUPLES = ".:/usr/share/java/javatuples.jar"  # what MultiPL-E imports
+_TSC = "tsc --target es2020 --module commonjs main.ts"
+_MCS = "mcs -d:DEBUG -out:main.exe main.cs"
+_GO_VARIABLES = {"GOCACHE": f"{_HOME}/.cache", "GOFLAGS": "-mod=mod", "GO111MODULE": "off"}
 LANGUAGES = {
     language.name: language
     for language in (
         Language("python", "main.py", ()),
         Language("bash", "main.sh", ("bash main.sh",)),
         Language("cpp", "main.cpp", ("g++ -std=c++17 -O1 -w -o main main.cpp", "./main")),
-        Language(
-            "java",
-            "Main.java",
-            (
-                "javac -J-XX:TieredStopAtLevel=1 -J-XX:-UsePerfData -nowarn Main.java",
-                "java -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -Xms16m -Xss64m -ea Main",
-            ),
-            limits_address_space=False,
-            variables={"CLASSPATH": ".:/usr/share/java/javatuples.jar"},  # what MultiPL-E imports
-        ),
-        Language("javascript", "main.js", ("node main.js",), limits_address_space=False),
-        Language(
-            "typescript",
-            "main.ts",
-            ("tsc --target es2020 --module commonjs main.ts", "node main.js"),
-            limits_address_space=False,
-        ),
+        Language("java", "Main.java", _JAVA, False, {"CLASSPATH": _JAVATUPLES}),
+        Language("javascript", "main.js", ("node main.js",), False),
+        Language("typescript", "main.ts", (_TSC, "node main.js"), False),
         Language("php", "main.php", ("php main.php",)),
-        Language(
-            "csharp", "main.cs", ("mcs -d:DEBUG -out:main.exe main.cs", "mono main.exe"), False
-        ),
-        Language(
-            "go",
-            "main.go",
-            ("go build -o main main.go", "./main"),
-            limits_address_space=False,
-            variables={"GOCACHE": f"{_HOME}/.cache", "GOFLAGS": "-mod=mod", "GO111MODULE": "off"},
-        ),
+        Language("csharp", "main.cs", (_MCS, "mono main.exe"), False),
+        Language("go", "main.go", ("go build -o main main.go", "./main"), False, _GO_VARIABLES),
         Language("rust", "main.rs", ("rustc -o main main.rs", "./main"), False),
         Language("ruby", "main.rb", ("ruby main.rb",)),
         Language("lua", "main.lua", ("lua main.lua",)),

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Status = Literal[
-    "passed", "failed", "timeout", "memory", "output", "crashed", "refused", "error"
-]  # fmt: skip
+Status = Literal["passed", "failed", "timeout", "memory", "output", "crashed", "refused", "error"]
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,8 @@ class Pool:
         self._scratch = tempfile.mkdtemp() if mode == "none" else None
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
         packages = tuple(os.path.abspath(path) for path in packages)
-        self._workers = [
-            Worker(mode, packages, self._scratch or "/") for _ in range(self.n_workers)
-        ]
+        scratch = self._scratch or "/"
+        self._workers = [Worker(mode, packages, scratch) for _ in range(self.n_workers)]
         for worker in reversed(self._workers):
             self._idle.put(worker)
         try:
@@ -73,9 +72,8 @@ class Pool:
         known = find_language(language)
         commands, missing = commands_of(known)
         if missing:
-            return Outcome(
-                "refused", message=f"{known.name} needs {missing!r}, which is not installed"
-            )
+            why = f"{known.name} needs {missing!r}, which is not installed"
+            return Outcome("refused", message=why)
         if commands:
             self._check_toolchain()
         return self._with_worker(lambda w: w.run(program, stdin, known, commands, limits))

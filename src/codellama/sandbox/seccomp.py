@@ -128,12 +128,7 @@ def _numbers(table: str, column: int) -> dict[str, int]:
 
 
 def _argument(index: int) -> _Instruction:
-    return (
-        _LOAD,
-        0,
-        0,
-        _ARGUMENTS + 8 * index,
-    )  # the lower half; both processors are little-endian
+    return (_LOAD, 0, 0, _ARGUMENTS + 8 * index)  # lower half; the processors are little-endian
 
 
 def _permit() -> _Instruction:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from codellama.sandbox.jailer import BrokenError, Zygote
@@ -29,6 +30,23 @@ _NO_MEMORY = re.compile(
     r".*[Cc]annot allocate memory|.*Allowed memory size|memory allocation of .* failed)",
     re.M,
 )
+
+
+def _or_error(do: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """A method of a worker, whose zygotes are given up where one fails or is interrupted."""
+
+    @functools.wraps(do)
+    def attempt(self: Worker, *arguments: Any) -> Outcome:
+        try:
+            return do(self, *arguments)
+        except (BrokenError, TimeoutError) as error:
+            self.close()
+            return Outcome("error", message=str(error), mode=self._mode)
+        except BaseException:
+            self.close()  # interrupted: the next run must not get this one's answer
+            raise
+
+    return attempt
 
 
 class Worker:
@@ -49,6 +67,7 @@ class Worker:
         while self._zygotes:
             self._zygotes.popitem()[1].close()
 
+    @_or_error
     def run(
         self, program: str, stdin: str | bytes, language: Language, command: list, limits: Limits
     ) -> Outcome:
@@ -61,97 +80,48 @@ class Worker:
             request["file"] = language.file
             request["n_open_files"] = max(limits.n_open_files, _N_TOOLCHAIN_FILES)
             memory_bytes = limits.memory_bytes
-        total_s = sum(step["timeout_s"] for step in steps)
         with _files(stdin, None, None, program) as files:
-            try:
-                zygote = self.zygote("toolchain" if memory_bytes else "candidate")
-                zygote.begin(request, files)
-                answer = zygote.finish(total_s, memory_bytes)
-            except (BrokenError, TimeoutError) as error:
-                self.close()
-                return Outcome("error", message=str(error), mode=self._mode)
-            except BaseException:
-                self.close()  # interrupted: the next run must not get this one's answer
-                raise
+            zygote = self.zygote("toolchain" if memory_bytes else "candidate")
+            zygote.begin(request, files)
+            answer = zygote.finish(sum(step["timeout_s"] for step in steps), memory_bytes)
             status, message = _status(answer, files, limits, n_steps=len(steps))
             return self._outcome(status, message, answer, files, limits, begin)
 
+    @_or_error
     def judge(self, candidate: str, request: dict[str, Any], limits: Limits) -> Outcome:
         """Run tests in one jail against a candidate in another, or in one where they must."""
         begin = time.monotonic()
         in_process = request["in_process"]
         if in_process:
             request = {**request, "candidate": candidate}
-        read_end, write_end = os.pipe()
-        ends = socket.socketpair()
         own = _request(limits)
+        read_end, write_end = os.pipe()
+        line = socket.socketpair()
         with (
+            open(read_end, "rb", 0) as verdict_file,
             _files("", None, None, json.dumps(request)) as judge_files,
             _files("", None, None, candidate) as files,
         ):
-            try:
+            with open(write_end, "wb", 0), line[0], line[1]:  # after that only the jails have them
                 judge = self.zygote("judge")
                 program = None if in_process else self.zygote("candidate")
                 if program:
                     steps = [_python_step("candidate", limits)]
-                    program.begin({**own, "steps": steps}, [*files, ends[0].fileno()])
+                    program.begin({**own, "steps": steps}, [*files, line[0].fileno()])
                 steps = [_python_step("tests", limits)]
-                given = [*judge_files, ends[1].fileno(), write_end]
-                judge.begin({**own, "steps": steps}, given)
-                for end in ends:
-                    end.close()
-                os.close(write_end)
-                write_end = -1
-                answer = verdict_answer = judge.finish(limits.timeout_s)
-                if program:
-                    program.stop()
-                    answer = program.finish(limits.timeout_s)
-                text = os.read(read_end, 1 << 16)
-            except (BrokenError, TimeoutError) as error:
-                self.close()
-                return Outcome("error", message=str(error), mode=self._mode)
-            except BaseException:
-                self.close()
-                raise
-            finally:
-                for end in ends:
-                    end.close()
-                os.close(read_end)
-                if write_end >= 0:
-                    os.close(write_end)
-            if in_process:
-                files[:] = judge_files
-            return self._judged(text, verdict_answer, answer, files, limits, begin, in_process)
-
-    def _judged(
-        self,
-        text: bytes,
-        judge: dict[str, Any],
-        answer: dict[str, Any],
-        files: list[int],
-        limits: Limits,
-        begin: float,
-        in_process: bool,
-    ) -> Outcome:
-        """The verdict decides; the candidate's own end only explains a bad one."""
-        verdict = json.loads(text) if text else {}
-        facts = {"n_calls": verdict.get("n_calls", 0), "in_process": in_process}
-        facts["used_objects"] = verdict.get("used_objects", False)
-        if verdict.get("passed") is True:
-            status, message = "passed", ""
-        else:
-            message = verdict.get("message", "the tests ended before a verdict")
-            status, why = _status(answer, files, limits)
-            if judge.get("timed_out") or (judge.get("killed") and not verdict):
-                status, why = "timeout", f"the checks took more than {limits.timeout_s:g} s"
-            message = f"{why}; {message}" if why and status in ("memory", "output") else message
-            if status in ("timeout", "crashed"):
-                message = why
-            elif status == "passed" or status == "failed":
-                status = "memory" if message.startswith("MemoryError") else "failed"
-        if answer is not judge:
-            answer["cpu_s"] = answer.get("cpu_s", 0.0) + judge.get("cpu_s", 0.0)
-        return self._outcome(status, message, answer, files, limits, begin, **facts)
+                judge.begin({**own, "steps": steps}, [*judge_files, line[1].fileno(), write_end])
+            answer = judge_answer = judge.finish(limits.timeout_s)
+            if program:
+                program.stop()
+                answer = program.finish(limits.timeout_s)
+            verdict = json.loads(verdict_file.read(1 << 16) or "{}")
+            shown = judge_files if in_process else files
+            status, message = _judged(verdict, judge_answer, answer, shown, limits)
+            if answer is not judge_answer:
+                answer["cpu_s"] = answer.get("cpu_s", 0.0) + judge_answer.get("cpu_s", 0.0)
+            facts = {"n_calls": verdict.get("n_calls", 0), "in_process": in_process}
+            facts["used_objects"] = verdict.get("used_objects", False)
+            return self._outcome(status, message, answer, shown, limits, begin, **facts)
 
     def _outcome(
         self,
@@ -188,12 +158,7 @@ def _request(limits: Limits) -> dict[str, Any]:
 
 def _python_step(kind: str, limits: Limits) -> dict[str, Any]:
     cpu_s = limits.timeout_s if limits.cpu_s is None else limits.cpu_s
-    return {
-        "kind": kind,
-        "timeout_s": limits.timeout_s,
-        "cpu_s": cpu_s,
-        "address_space": True,
-    }
+    return {"kind": kind, "timeout_s": limits.timeout_s, "cpu_s": cpu_s, "address_space": True}
 
 
 def _steps(command: list[list[str]], language: Language, limits: Limits) -> list[dict[str, Any]]:
@@ -244,6 +209,27 @@ def _status(
     return "passed", ""
 
 
+def _judged(
+    verdict: dict[str, Any],
+    judge: dict[str, Any],
+    answer: dict[str, Any],
+    files: list[int],
+    limits: Limits,
+) -> tuple[Any, str]:
+    """The verdict decides; the candidate's own end only explains a bad one."""
+    if verdict.get("passed") is True:
+        return "passed", ""
+    message = verdict.get("message", "the tests ended before a verdict")
+    status, why = _status(answer, files, limits)
+    if judge.get("timed_out") or (judge.get("killed") and not verdict):
+        status, why = "timeout", f"the checks took more than {limits.timeout_s:g} s"
+    if status in ("timeout", "crashed"):
+        return status, why
+    if status in ("passed", "failed"):
+        return "memory" if message.startswith("MemoryError") else "failed", message
+    return status, f"{why}; {message}" if why and status in ("memory", "output") else message
+
+
 @contextlib.contextmanager
 def _files(stdin: str | bytes, *others: str | None) -> Iterator[list[int]]:
     """Memory files: given text is sealed, None is an empty one to be written."""
@@ -260,8 +246,8 @@ def _files(stdin: str | bytes, *others: str | None) -> Iterator[list[int]]:
                 fcntl.fcntl(file, _F_ADD_SEALS, _ALL_SEALS)
         yield files
     finally:
-        for file in set(files):
-            with contextlib.suppress(OSError) as _:
+        for file in files:
+            with contextlib.suppress(OSError):
                 os.close(file)
 
 
