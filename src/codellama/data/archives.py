@@ -11,6 +11,7 @@ In: an open binary file, local or remote. Out: `RawDocument` records.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import email
 import gzip
 import io
@@ -69,24 +70,31 @@ def read_archive(
 
     max_bytes: of a member are read, one more to show that it is larger.
     """
-    if name.lower().endswith((".zip", ".whl", ".egg", ".jar")):
-        return _zip(file, name, wanted, max_bytes)
-    return _tar(file, name, wanted, max_bytes)
+    is_zip = name.lower().endswith((".zip", ".whl", ".egg", ".jar"))
+    return _up_to_damage((_zip if is_zip else _tar)(file, name, wanted, max_bytes), name)
 
 
-def _zip(file: BinaryIO, name: str, wanted: Wanted, max_bytes: int) -> Iterator[RawDocument]:
+def _up_to_damage(documents: Iterator[RawDocument], name: str) -> Iterator[RawDocument]:
+    """The documents of a container, and behind them why it could not be read to its end."""
     try:
-        archive = zipfile.ZipFile(file)
-        size = file.seek(0, os.SEEK_END)
-        members = sorted(archive.infolist(), key=lambda info: info.filename)
-        evidence = _Evidence()
-        for info in members:
-            if evidence.is_about(info.filename) and info.file_size <= LICENCE_BYTES:
-                with archive.open(info) as member:
-                    evidence.add(info.filename, member.read(LICENCE_BYTES))
+        yield from documents
+    except KeyError as error:
+        yield RawDocument(name, reason="missing column", detail=str(error.args[0]))
+    except BombError:
+        yield RawDocument(name, reason="archive bomb")
     except Damage as error:
         yield RawDocument(name, reason="damaged archive", detail=_plain(error))
-        return
+
+
+def _zip(file: BinaryIO, _name: str, wanted: Wanted, max_bytes: int) -> Iterator[RawDocument]:
+    archive = zipfile.ZipFile(file)
+    size = file.seek(0, os.SEEK_END)
+    members = sorted(archive.infolist(), key=lambda info: info.filename)
+    evidence = _Evidence()
+    for info in members:
+        if evidence.is_about(info.filename) and info.file_size <= LICENCE_BYTES:
+            with archive.open(info) as member:
+                evidence.add(info.filename, member.read(LICENCE_BYTES))
     licence, n_bytes = evidence.licence(), 0
     for info in members:
         if info.is_dir() or not wanted(info.filename):
@@ -102,28 +110,20 @@ def _zip(file: BinaryIO, name: str, wanted: Wanted, max_bytes: int) -> Iterator[
                 document.reason, document.detail = "unreadable", _plain(error)
         yield document
         n_bytes += len(document.content)
-        if n_bytes > max(FREE_BYTES, MAX_RATIO * size):  # members may overlap
-            yield RawDocument(name, reason="archive bomb")
-            return
+        if n_bytes > max(FREE_BYTES, MAX_RATIO * size):
+            raise BombError("members may overlap")
 
 
 def _tar(file: BinaryIO, name: str, wanted: Wanted, max_bytes: int) -> Iterator[RawDocument]:
     # Read twice: the licence may stand behind the files that it is for.
     evidence = _Evidence()
-    try:
+    with contextlib.suppress(*Damage):  # said when it is met again
         for member, content in _members(file, name, evidence.is_about, LICENCE_BYTES):
             evidence.add(member.name, content)
-    except Damage:  # said below
-        pass
     file.seek(0)
     licence = evidence.licence()
-    try:
-        for member, content in _members(file, name, wanted, max_bytes):
-            yield RawDocument(member.name, content, licence=licence)
-    except BombError:
-        yield RawDocument(name, reason="archive bomb")
-    except Damage as error:
-        yield RawDocument(name, reason="damaged archive", detail=_plain(error))
+    for member, content in _members(file, name, wanted, max_bytes):
+        yield RawDocument(member.name, content, licence=licence)
 
 
 def _members(
@@ -194,26 +194,14 @@ class Limited(io.RawIOBase):
         return len(data)
 
 
-class _KeptOpen(io.RawIOBase):
-    """A file that is not closed by who reads it: Arrow closes what it was given."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = cast(io.BufferedReader, file)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        return self._file.readinto(buffer)
-
-
 def unpacked(file: BinaryIO, name: str) -> Any:
     """A stream of the bytes that a file's ending says are compressed in it."""
     ending = name.lower().rpartition(".")[2]
     if ending in ("gz", "tgz"):
         return gzip.GzipFile(fileobj=file)
     if ending in ("zst", "tzst", "zstd"):
-        return pa.CompressedInputStream(pa.PythonFile(_KeptOpen(file), "r"), "zstd")
+        # Arrow closes what it is given; of this the file itself stays open.
+        return pa.CompressedInputStream(pa.PythonFile(Limited(file, file), "r"), "zstd")
     if ending in ("bz2", "tbz2"):
         return bz2.BZ2File(file)
     if ending in ("xz", "txz"):
@@ -260,40 +248,37 @@ GIT_ENVIRONMENT = {"GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0", "LC_ALL
 
 def read_table(file: BinaryIO, name: str, source: Source, max_bytes: int) -> Iterator[RawDocument]:
     """The rows of a Parquet or JSON lines file as documents."""
+    return _up_to_damage(_documents(file, name, source, max_bytes), name)
+
+
+def _documents(file: BinaryIO, name: str, source: Source, max_bytes: int) -> Iterator[RawDocument]:
     rows = _parquet_rows if source.kind == "parquet" else _json_rows
     wanted = {
         field: [columns] if isinstance(columns, str) else list(columns)
         for field, columns in source.columns.items()
     }
-    try:
-        for number, row in enumerate(rows(file, name, wanted, max_bytes)):
-            path = f"{name}#{number}"
-            if isinstance(row, RawDocument):
-                row.path = path
-                yield row
-                continue
-            values = {
-                field: "\n\n".join(str(row[column]) for column in columns if row.get(column))
-                for field, columns in wanted.items()
-            }
-            absent = [column for column in wanted["text"] if column not in row]
-            if absent or not all(isinstance(row[c], str | None) for c in wanted["text"]):
-                detail = f"{absent[0]} is missing" if absent else "text is no string"
-                yield RawDocument(path, reason="missing column", detail=detail)
-                continue
-            yield RawDocument(
-                values.get("path") or path,
-                values["text"].encode("utf-8", "surrogatepass"),
-                repository=values.get("repository") or None,
-                licence=values.get("licence") or None,
-                language=(values.get("language") or "").lower() or None,
-            )
-    except KeyError as error:
-        yield RawDocument(name, reason="missing column", detail=str(error.args[0]))
-    except BombError:
-        yield RawDocument(name, reason="archive bomb")
-    except Damage as error:
-        yield RawDocument(name, reason="damaged archive", detail=_plain(error))
+    for number, row in enumerate(rows(file, name, wanted, max_bytes)):
+        path = f"{name}#{number}"
+        if isinstance(row, RawDocument):
+            row.path = path
+            yield row
+            continue
+        absent = [column for column in wanted["text"] if column not in row]
+        if absent or not all(isinstance(row[c], str | None) for c in wanted["text"]):
+            detail = f"{absent[0]} is missing" if absent else "text is no string"
+            yield RawDocument(path, reason="missing column", detail=detail)
+            continue
+        values = {
+            field: "\n\n".join(str(row[column]) for column in columns if row.get(column))
+            for field, columns in wanted.items()
+        }
+        yield RawDocument(
+            values.get("path") or path,
+            values["text"].encode("utf-8", "surrogatepass"),
+            repository=values.get("repository") or None,
+            licence=values.get("licence") or None,
+            language=(values.get("language") or "").lower() or None,
+        )
 
 
 def _parquet_rows(

@@ -136,8 +136,7 @@ class CorpusReader:
         self.manifest = read_manifest(Path(folder), KIND)
         if split not in SPLITS:
             raise ValueError(f"no split {split!r}; a corpus has {', '.join(SPLITS)}")
-        self._files: list[pq.ParquetFile] = []
-        self._groups: list[tuple[int, int]] = []
+        self._groups: list[tuple[pq.ParquetFile, int]] = []
         """(file, row group) in reading order, and in `_starts` the index of its first document."""
         self._starts: list[int] = []
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
@@ -183,8 +182,7 @@ class CorpusReader:
             ValueError: a corpus has no such column.
         """
         values: list[Any] = []
-        for number, row_group in self._groups:
-            file = self._files[number]
+        for file, row_group in self._groups:
             if name not in file.schema_arrow.names:
                 raise ValueError(f"{self.folder}: the corpus has no column {name!r}; prepare again")
             values += file.read_row_group(row_group, columns=[name]).column(name).to_pylist()
@@ -197,7 +195,8 @@ class CorpusReader:
             IndexError: index outside [0, len).
         """
         group = self._group_of(index)
-        table = self._files[self._groups[group][0]].read_row_group(self._groups[group][1])
+        file, row_group = self._groups[group]
+        table = file.read_row_group(row_group)
         return table.slice(index - self._starts[group], 1).to_pylist()[0]
 
     def _add_shard(self, path: Path) -> None:
@@ -206,10 +205,9 @@ class CorpusReader:
         except (OSError, pa.ArrowInvalid) as error:
             raise ValueError(f"{path}: not a readable shard: {error}") from None
         for group in range(file.num_row_groups):
-            self._groups.append((len(self._files), group))
+            self._groups.append((file, group))
             self._starts.append(self._n_documents)
             self._n_documents += file.metadata.row_group(group).num_rows
-        self._files.append(file)
 
     def _group_of(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -220,8 +218,8 @@ class CorpusReader:
         group = self._group_of(index)
         table = self._cache.get(group)
         if table is None:
-            number, row_group = self._groups[group]
-            table = self._files[number].read_row_group(row_group, columns=["text", "sha256"])
+            file, row_group = self._groups[group]
+            table = file.read_row_group(row_group, columns=["text", "sha256"])
             self._cache[group] = table
             self._cached_bytes += table.nbytes
             while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from codellama.artifact import read_manifest
+from codellama.data.corpus import KIND
 
-KIND = "corpus"
 SHOWN = 15  # rows of a table
 
 
@@ -54,27 +54,20 @@ def card(manifest: dict[str, Any]) -> str:
         if near
         else "Exact duplicates only (the recipe has no `near_duplicates`)."
     )
-    if manifest["cluster_sizes"]:
+    if sizes := list(manifest["cluster_sizes"].items())[:SHOWN]:
         lines += ["", "| documents in a cluster | clusters |", "|---:|---:|"]
-        lines += [
-            f"| {size} | {n} |" for size, n in list(manifest["cluster_sizes"].items())[:SHOWN]
-        ]
+        lines += [f"| {size} | {n} |" for size, n in sizes]
     if manifest["redacted"]:
         found = ", ".join(f"{n} × `{name}`" for name, n in manifest["redacted"].items())
         lines += ["", "## Secrets and personal data", "", f"Replaced: {found}."]
     if benchmarks := manifest.get("benchmarks"):
-        lines += [
-            "",
-            "## Benchmarks",
-            "",
-            f"Documents with a hit: {config['benchmarks']['action']}.",
-        ]
+        action = config["benchmarks"]["action"]
+        lines += ["", "## Benchmarks", "", f"Documents with a hit: {action}."]
         lines += ["", "| benchmark | texts | passages | too short | documents hit |"]
         lines.append("|---|---:|---:|---:|---:|")
+        fields = ("n_texts", "n_passages", "n_too_short", "n_documents_hit")
         for name, row in benchmarks.items():
-            numbers = (row["n_texts"], row["n_passages"], row["n_too_short"])
-            hit = row["n_documents_hit"]
-            lines.append(f"| {name} | {' | '.join(map(str, numbers))} | {hit} |")
+            lines.append(f"| {' | '.join([name, *(str(row[field]) for field in fields)])} |")
     return "\n".join(lines) + "\n"
 
 

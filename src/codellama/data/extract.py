@@ -36,16 +36,23 @@ def notebook_text(content: bytes) -> str | None:
     return "\n\n".join(parts) + "\n"
 
 
+def parse_python(text: str) -> ast.Module | None:
+    """The tree of a Python file; None where this interpreter does not accept it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
 _COMMENTS = re.compile(r"(?m)(?:^[ \t]*#(?!!)[^\n]*\n){5,}")
 
 
 def docstrings(text: str) -> str:
     """Long docstrings and blocks of comments of a Python file, empty where they are few."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    tree = parse_python(text)
+    if tree is None:
         return ""
     parts: list[str] = []
     for node in ast.walk(tree):

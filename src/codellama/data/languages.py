@@ -24,59 +24,30 @@ DATA = frozenset(
 )
 """Names of data and settings; a source that wants every language does not get these."""
 
+
 # Endings that Pygments gives to several languages, and some common ones that it does not list.
-_ENDINGS = {
-    ".adoc": "asciidoc",
-    ".asciidoc": "asciidoc",
-    ".asm": "nasm",
-    ".cc": "cpp",
-    ".cfg": "ini",
-    ".cl": "common-lisp",
-    ".cls": "tex",
-    ".cs": "csharp",
-    ".ex": "elixir",
-    ".fs": "fsharp",
-    ".frag": "glsl",
-    ".gd": "gdscript",
-    ".glsl": "glsl",
-    ".h": "c",
-    ".htm": "html",
-    ".html": "html",
-    ".inc": "php",
-    ".ipynb": "notebook",
-    ".l": "lex",
-    ".lisp": "common-lisp",
-    ".lock": "toml",
-    ".m": "objective-c",
-    ".m4": "m4",
-    ".mm": "objective-c++",
-    ".ml": "ocaml",
-    ".mod": "modula2",
-    ".org": "org",
-    ".pl": "perl",
-    ".pm": "perl",
-    ".pp": "puppet",
-    ".pro": "prolog",
-    ".pyi": "python-stub",
-    ".bzl": "starlark",
-    ".r": "r",
-    ".rst": "restructuredtext",
-    ".s": "gas",
-    ".sc": "scala",
-    ".sql": "sql",
-    ".svelte": "svelte",
-    ".svg": "svg",
-    ".t": "perl",
-    ".ts": "typescript",
-    ".tsx": "typescript",
-    ".txt": "text",
-    ".v": "verilog",
-    ".vert": "glsl",
-    ".xsl": "xslt",
-}
-_INTERPRETERS = {"node": "javascript", "nodejs": "javascript", "deno": "typescript", "gawk": "awk"}
-_INTERPRETERS |= {"dash": "bash", "ksh": "bash", "ash": "bash", "wish": "tcl", "tclsh": "tcl"}
-_INTERPRETERS |= {"rscript": "r", "pypy": "python", "escript": "erlang", "runhaskell": "haskell"}
+def _by_name(table: str) -> dict[str, str]:
+    """Names and their languages, from a table of a language and its names in each part."""
+    rows = (part.split() for part in table.split(","))
+    return {name: language for language, *names in rows for name in names}
+
+
+_ENDINGS = _by_name(
+    """
+asciidoc .adoc .asciidoc, c .h, common-lisp .cl .lisp, cpp .cc, csharp .cs, elixir .ex, fsharp
+.fs, gas .s, gdscript .gd, glsl .frag .glsl .vert, html .htm .html, ini .cfg, lex .l, m4 .m4,
+modula2 .mod, nasm .asm, notebook .ipynb, objective-c .m, objective-c++ .mm, ocaml .ml, org .org,
+perl .pl .pm .t, php .inc, prolog .pro, puppet .pp, python-stub .pyi, r .r, restructuredtext .rst,
+scala .sc, sql .sql, starlark .bzl, svelte .svelte, svg .svg, tex .cls, text .txt, toml .lock,
+typescript .ts .tsx, verilog .v, xslt .xsl
+"""
+)
+_INTERPRETERS = _by_name(
+    """
+awk gawk, bash dash ksh ash, erlang escript, haskell runhaskell, javascript node nodejs, python
+pypy, r rscript, tcl wish tclsh, typescript deno
+"""
+)
 
 
 def language_of(path: str, head: bytes = b"") -> str | None:

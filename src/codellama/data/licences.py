@@ -22,50 +22,28 @@ PERMISSIVE = frozenset(
     | {"Zlib", "ZPL-2.1", "LicenseRef-Biopython-License-Agreement", "LicenseRef-Public-Domain"}
 )
 
-# Free-text names in use -> SPDX; compared in lower case without punctuation and filler words.
-_NAMES = {
-    "mit": "MIT",
-    "expat": "MIT",
-    "mit cmu": "MIT-CMU",
-    "hpnd": "HPND",
-    "historical permission notice and disclaimer hpnd": "HPND",
-    "apache": "Apache-2.0",
-    "apache 2": "Apache-2.0",
-    "apache 2.0": "Apache-2.0",
-    "apache2": "Apache-2.0",
-    "apache software": "Apache-2.0",
-    "apache software 2.0": "Apache-2.0",
-    "asl 2": "Apache-2.0",
-    "asl 2.0": "Apache-2.0",
-    "bsd": "BSD",
-    "bsd 2 clause": "BSD-2-Clause",
-    "2 clause bsd": "BSD-2-Clause",
-    "simplified bsd": "BSD-2-Clause",
-    "bsd 3 clause": "BSD-3-Clause",
-    "3 clause bsd": "BSD-3-Clause",
-    "new bsd": "BSD-3-Clause",
-    "modified bsd": "BSD-3-Clause",
-    "isc": "ISC",
-    "isc iscl": "ISC",
-    "psf": "PSF-2.0",
-    "psf 2.0": "PSF-2.0",
-    "psfl": "PSF-2.0",
-    "python software foundation": "PSF-2.0",
-    "python 2.0": "PSF-2.0",
-    "unlicense": "Unlicense",
-    "unlicense unlicense": "Unlicense",
-    "public domain": "LicenseRef-Public-Domain",
-    "zlib": "Zlib",
-    "zlib libpng": "Zlib",
-    "zope public": "ZPL-2.1",
-    "zpl 2.1": "ZPL-2.1",
-    "cc0": "CC0-1.0",
-    "cc0 1.0 universal cc0 1.0 public domain dedication": "CC0-1.0",
-    "boost software 1.0 bsl 1.0": "BSL-1.0",
-    "mit no attribution mit 0": "MIT-0",
-    "mozilla public 2.0 mpl 2.0": "MPL-2.0",
-    "mpl 2.0": "MPL-2.0",
+# SPDX <- free-text names in use, compared in lower case without punctuation and filler words.
+_NAMES_OF = {
+    "MIT": "mit, expat",
+    "MIT-CMU": "mit cmu",
+    "HPND": "hpnd, historical permission notice and disclaimer hpnd",
+    "Apache-2.0": "apache, apache 2, apache 2.0, apache2, apache software, apache software 2.0, "
+    "asl 2, asl 2.0",
+    "BSD": "bsd",
+    "BSD-2-Clause": "bsd 2 clause, 2 clause bsd, simplified bsd",
+    "BSD-3-Clause": "bsd 3 clause, 3 clause bsd, new bsd, modified bsd",
+    "ISC": "isc, isc iscl",
+    "PSF-2.0": "psf, psf 2.0, psfl, python software foundation, python 2.0",
+    "Unlicense": "unlicense, unlicense unlicense",
+    "LicenseRef-Public-Domain": "public domain",
+    "Zlib": "zlib, zlib libpng",
+    "ZPL-2.1": "zope public, zpl 2.1",
+    "CC0-1.0": "cc0, cc0 1.0 universal cc0 1.0 public domain dedication",
+    "BSL-1.0": "boost software 1.0 bsl 1.0",
+    "MIT-0": "mit no attribution mit 0",
+    "MPL-2.0": "mozilla public 2.0 mpl 2.0, mpl 2.0",
 }
+_NAMES = {name: spdx for spdx, names in _NAMES_OF.items() for name in names.split(", ")}
 
 # Classifiers that name a property and no licence.
 _NO_LICENCE = {"freely distributable", "osi approved", "dual", "other"}
@@ -160,36 +138,19 @@ def is_permissive(licence: str) -> bool:
     `A OR B` needs one permissive side, `A AND B` both; `GPL WITH GCC-exception` covers
     compiler runtime libraries inside wheels and does not touch their Python files.
     """
-    text = licence.strip()
-    while text.startswith("(") and _closing(text) == len(text) - 1:
-        text = text[1:-1].strip()
-    for operator, decide in ((" OR ", any), (" AND ", all)):
-        parts = _split(text, operator)
-        if len(parts) > 1:
-            return decide(is_permissive(part) for part in parts)
-    name, _, exception = text.partition(" WITH ")
+    text = licence
+    while inner := re.search(r"\(([^()]*)\)", text):
+        value = "MIT" if is_permissive(inner[1]) else UNKNOWN
+        text = f"{text[: inner.start()]} {value} {text[inner.end() :]}"
+    if "(" in text or ")" in text:
+        return False
+    sides = [re.split(" AND ", side, flags=re.I) for side in re.split(" OR ", text, flags=re.I)]
+    return any(all(map(_is_permissive_name, side)) for side in sides)
+
+
+def _is_permissive_name(text: str) -> bool:
+    name, _, exception = text.strip().partition(" WITH ")
     return name in PERMISSIVE or exception.strip().startswith("GCC-exception")
-
-
-def _split(text: str, operator: str) -> list[str]:
-    """Split at an operator outside parentheses."""
-    parts, depth, start = [], 0, 0
-    for index, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if depth == 0 and text[index : index + len(operator)].upper() == operator:
-            parts.append(text[start:index])
-            start = index + len(operator)
-    return [*parts, text[start:]]
-
-
-def _closing(text: str) -> int:
-    """Index of the parenthesis that closes the first one, -1 if none does."""
-    depth = 0
-    for index, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            return index
-    return -1
 
 
 def _named(name: str) -> str:

@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 from codellama.data.archives import GIT_ENVIRONMENT, read_git
 from codellama.data.licences import LICENCE_FILE, UNKNOWN, licence_of_metadata
@@ -237,49 +236,46 @@ def _list_wheels(source: Source, cache: Path, listing: Listing, fetch: bool) -> 
             listing.unavailable[key] = "could not be fetched"
             print(f"source {key}: left out: {error}", file=sys.stderr)
             continue
-        listing.archives.append(wheel.name)
-        repository = normalised_name(split_pin(package)[0])
-        yield _container_unit(source, "archive", wheel, wheel.name, repository)
-
-
-def _container_unit(
-    source: Source, reader: Literal["archive", "table"], file: Path, name: str, repository: str
-) -> Unit:
-    found = _file("", "", "", file)
-    location, size = os.fsdecode(file), found.n_bytes
-    return Unit(source.name, reader, location, name, found.state, size, repository, source.licence)
+        file = _file("", wheel.name, "", wheel)
+        yield _container_unit(source, file, listing, normalised_name(split_pin(package)[0]))
 
 
 _ARCHIVE_ENDING = re.compile(r"(?i)\.(?:tar(?:\.\w+)?|t[gbx]z2?|tzst|zip|whl|egg|jar)$")
 
 
+def _container_unit(source: Source, file: _Found, listing: Listing, repository: str = "") -> Unit:
+    """An archive or a table as one unit."""
+    name, location = file.entry.path, file.entry.location
+    listing.archives.append(name)
+    reader = "table" if source.kind in ("parquet", "jsonl") else "archive"
+    if not repository:
+        repository = source.name if reader == "table" else _ARCHIVE_ENDING.sub("", name)
+    size, licence = file.n_bytes, source.licence
+    return Unit(source.name, reader, location, name, file.state, size, repository, licence)
+
+
 def _list_containers(source: Source, listing: Listing) -> Iterator[Unit]:
     """Archives and tables: one unit for each file that the path or pattern names."""
     path = source.path or ""
-    reader = "archive" if source.kind == "archive" else "table"
     if REMOTE.match(path):
-        yield from _list_remote(source, path, reader, listing)
-        return
-    files = [Path(path)]
-    if Path(path).is_dir():
-        files = sorted(file for file in Path(path).rglob("*") if file.is_file())
-    elif re.search(r"[*?\[]", path) and not os.path.lexists(path):
-        anchor = Path(path).anchor
-        files = sorted(Path(anchor).glob(path.removeprefix(anchor)))
-    elif not os.path.lexists(path):
-        raise ValueError(f"{path}: no such file (source {source.name!r} of the recipe)")
-    if not files:
-        listing.unavailable[source.name] = "no file there"
-    for file in files:
-        name = as_text(file.name)
-        listing.archives.append(name)
-        repository = _ARCHIVE_ENDING.sub("", name) if reader == "archive" else source.name
-        yield _container_unit(source, reader, file, name, repository)
+        found = _list_remote(source, path, listing)
+    else:
+        files = [Path(path)]
+        if Path(path).is_dir():
+            files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+        elif re.search(r"[*?\[]", path) and not os.path.lexists(path):
+            anchor = Path(path).anchor
+            files = sorted(Path(anchor).glob(path.removeprefix(anchor)))
+        elif not os.path.lexists(path):
+            raise ValueError(f"{path}: no such file (source {source.name!r} of the recipe)")
+        if not files:
+            listing.unavailable[source.name] = "no file there"
+        found = [_file("", file.name, "", file) for file in files]
+    for file in found:
+        yield _container_unit(source, file, listing)
 
 
-def _list_remote(
-    source: Source, url: str, reader: Literal["archive", "table"], listing: Listing
-) -> Iterator[Unit]:
+def _list_remote(source: Source, url: str, listing: Listing) -> list[_Found]:
     import daft
 
     try:
@@ -287,15 +283,11 @@ def _list_remote(
     except (OSError, ValueError) as error:
         listing.unavailable[source.name] = f"cannot be listed: {str(error).splitlines()[0][:120]}"
         print(f"source {source.name}: left out: {url}: {error}", file=sys.stderr)
-        return
-    for location, size in sorted(zip(found["path"], found["size"], strict=True)):
-        name = location.rsplit("/", 1)[-1]
-        listing.archives.append(name)
-        repository = _ARCHIVE_ENDING.sub("", name) if reader == "archive" else source.name
-        state = f"{location} {size}"
-        yield Unit(
-            source.name, reader, location, name, state, size or 0, repository, source.licence
-        )
+        return []
+    return [
+        _Found(Entry("", place.rsplit("/", 1)[-1], "", place), size or 0, f"{place} {size}")
+        for place, size in sorted(zip(found["path"], found["size"], strict=True))
+    ]
 
 
 def _list_git(source: Source, listing: Listing) -> Iterator[Unit]:

@@ -22,15 +22,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import daft
 from daft import col
 from daft.exceptions import DaftCoreException
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from codellama.artifact import new_folder, read_manifest, write_file, write_manifest
+from codellama.data.benchmarks import benchmark_files
 from codellama.data.corpus import KIND, SPLITS
 from codellama.data.data_card import write_card
 from codellama.data.decontaminate import BlockList, build_block_list
@@ -39,7 +40,7 @@ from codellama.data.repository import write_repositories
 from codellama.data.selection import Selection, Staged, select, write_signatures
 from codellama.data.shuffle import write_shards
 from codellama.data.staging import Settings, stage_json, stage_unit, staged_key
-from codellama.recipe import Corpus, Recipe, Source
+from codellama.recipe import Benchmarks, Corpus, Recipe, Source
 
 IN_PROCESS_BYTES = 8_000_000  # less is done before worker processes have started (2 s)
 ATTEMPTS = 3  # without progress between them: a node of a cluster may go at any time
@@ -60,25 +61,21 @@ def prepare_corpus(recipe: Recipe, ray: str | None = None) -> Path:
     console = Console(stderr=True)
     with _only_writer(folder):
         with console.status("listing sources …"):
-            listing = list_sources(recipe.corpus.sources, recipe.work / "sources")
-        staged_folder = folder.with_name("staged")
-        staged_folder.mkdir(exist_ok=True)
-        settings = _settings(recipe.corpus, staged_folder)
-        staged = _staged(listing, recipe.corpus, settings, staged_folder)
-        state = _state(recipe.corpus, listing, staged)
-        if _is_current(folder, staged_folder, state):
+            work = _plan(recipe, build=True)
+        state = _state(work)
+        if _is_current(folder, work.folder, state):
             _say(f"{folder}: up to date, nothing to do")
             return folder
         try:
-            _stage(listing, recipe.corpus, settings, staged, console, ray)
+            _stage(work, console, ray)
             with new_folder(folder) as partial:
-                manifest = _build(recipe.corpus, listing, staged, settings, partial, console)
+                manifest = _build(work, partial, console)
                 write_manifest(partial, KIND, **manifest)
                 write_card(partial)
             if recipe.corpus.repositories:
                 write_repositories(folder, recipe.repositories_dir.absolute())
-            write_file(staged_folder / "current.json", json.dumps(state))
-            _remove_others(staged_folder, staged, settings)
+            write_file(work.folder / "current.json", json.dumps(state))
+            _remove_others(work)
         except OSError as error:
             raise OSError(f"{folder}: could not write the corpus: {error}") from error
     _report(manifest, folder)
@@ -90,13 +87,10 @@ def plan_corpus(recipe: Recipe) -> list[dict[str, Any]]:
 
     Nothing is fetched and nothing is written; files of remote sources are listed.
     """
-    listing = list_sources(recipe.corpus.sources, recipe.work / "sources", fetch=False)
-    folder = recipe.corpus_dir.absolute().with_name("staged")
-    settings = _settings(recipe.corpus, folder, build=False)
-    staged = _staged(listing, recipe.corpus, settings, folder)
+    work = _plan(recipe, build=False)
     rows: list[dict[str, Any]] = []
     for source in recipe.corpus.sources:
-        own = [s for s in staged if s.unit.source == source.name]
+        own = [s for s in work.staged if s.unit.source == source.name]
         missing = [s for s in own if not s.path.exists()]
         rows.append(
             {
@@ -105,15 +99,55 @@ def plan_corpus(recipe: Recipe) -> list[dict[str, Any]]:
                 "n_units": len(own),
                 "n_bytes": sum(s.unit.n_bytes for s in own),
                 "to_read_bytes": sum(s.unit.n_bytes for s in missing),
-                "n_other_files": listing.n_other[source.name],
+                "n_other_files": work.listing.n_other[source.name],
                 "unavailable": {
                     name: why
-                    for name, why in listing.unavailable.items()
+                    for name, why in work.listing.unavailable.items()
                     if name.split("/")[0] == source.name
                 },
             }
         )
     return rows
+
+
+class _Work(NamedTuple):
+    """What is to be done for a corpus."""
+
+    corpus: Corpus
+    listing: Listing
+    settings: Settings
+    folder: Path
+    """Of the staged files."""
+    staged: list[Staged]
+    """For each unit the file that it becomes."""
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """By name, in the order of the recipe."""
+        return {source.name: source for source in self.corpus.sources}
+
+
+def _plan(recipe: Recipe, build: bool) -> _Work:
+    """List the units; with `build`, wheels are fetched and the block list is made."""
+    corpus = recipe.corpus
+    listing = list_sources(corpus.sources, recipe.work / "sources", fetch=build)
+    folder = recipe.corpus_dir.absolute().with_name("staged")
+    if build:
+        folder.mkdir(exist_ok=True)
+    settings = Settings(
+        filters=corpus.filters,
+        near_duplicates=corpus.near_duplicates,
+        block_list=str(_block_list(corpus.benchmarks, folder, build)) if corpus.benchmarks else "",
+        cut_hits=bool(corpus.benchmarks and corpus.benchmarks.action == "cut"),
+        keep_rejects=corpus.keep_rejects,
+    )
+    places = {source.name: (number, source) for number, source in enumerate(corpus.sources)}
+    staged = []
+    for unit in listing.units:
+        number, source = places[unit.source]
+        path = folder / f"{staged_key(unit, source, settings)}.parquet"
+        staged.append(Staged(path, unit, number))
+    return _Work(corpus, listing, settings, folder, staged)
 
 
 @contextmanager
@@ -131,59 +165,29 @@ def _only_writer(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _settings(corpus: Corpus, folder: Path, build: bool = True) -> Settings:
-    """What decides how documents are examined; the block list is made where it is not there yet."""
-    block_list = ""
-    if corpus.benchmarks:
-        block_list = str(_block_list(corpus, folder, build))
-    return Settings(
-        corpus.filters,
-        corpus.near_duplicates,
-        block_list,
-        bool(corpus.benchmarks and corpus.benchmarks.action == "cut"),
-        corpus.keep_rejects,
-    )
-
-
-def _block_list(corpus: Corpus, folder: Path, build: bool) -> Path:
-    from codellama.data.benchmarks import benchmark_files
-
-    assert corpus.benchmarks
-    digest = hashlib.sha256(corpus.benchmarks.model_dump_json(exclude={"paths"}).encode())
-    for file in benchmark_files(corpus.benchmarks.paths):
+def _block_list(benchmarks: Benchmarks, folder: Path, build: bool) -> Path:
+    """The file of the passages to look for, named after its content."""
+    digest = hashlib.sha256(benchmarks.model_dump_json(exclude={"paths"}).encode())
+    for file in benchmark_files(benchmarks.paths):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     path = folder / f"benchmarks-{digest.hexdigest()[:16]}.npz"
     if build and not path.exists():
         temporary = path.with_suffix(".tmp")
-        build_block_list(corpus.benchmarks).save(temporary)
+        build_block_list(benchmarks).save(temporary)
         temporary.replace(path)
     return path
 
 
-def _staged(listing: Listing, corpus: Corpus, settings: Settings, folder: Path) -> list[Staged]:
-    """For each unit the file that it becomes."""
-    sources = {source.name: source for source in corpus.sources}
-    order = {name: number for number, name in enumerate(sources)}
-    return [
-        Staged(
-            folder / f"{staged_key(unit, sources[unit.source], settings)}.parquet",
-            unit,
-            order[unit.source],
-        )
-        for unit in listing.units
-    ]
-
-
-def _state(corpus: Corpus, listing: Listing, staged: list[Staged]) -> dict[str, Any]:
+def _state(work: _Work) -> dict[str, Any]:
     """Everything that decides what the corpus is: equal states give equal corpora."""
     against = {
-        path: read_manifest(Path(path), KIND).get("fingerprint", "") for path in corpus.against
+        path: read_manifest(Path(path), KIND).get("fingerprint", "") for path in work.corpus.against
     }
     return {
-        "config": corpus.model_dump(mode="json"),
-        "unavailable": dict(listing.unavailable),
+        "config": work.corpus.model_dump(mode="json"),
+        "unavailable": dict(work.listing.unavailable),
         "against": against,
-        "staged": hashlib.sha256("".join(s.path.name for s in staged).encode()).hexdigest(),
+        "staged": hashlib.sha256("".join(s.path.name for s in work.staged).encode()).hexdigest(),
     }
 
 
@@ -199,17 +203,10 @@ def _is_current(folder: Path, staged_folder: Path, state: dict[str, Any]) -> boo
     return before == state and sizes == there
 
 
-def _stage(
-    listing: Listing,
-    corpus: Corpus,
-    settings: Settings,
-    staged: list[Staged],
-    console: Console,
-    ray: str | None,
-) -> None:
+def _stage(work: _Work, console: Console, ray: str | None) -> None:
     """Make the staged files that are missing; those that were made survive an interruption."""
-    sources = {source.name: source for source in corpus.sources}
-    with _progress(console) as progress:
+    staged = work.staged
+    with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading and filtering", total=len(staged))
         failures, error = 0, None
         while missing := list({s.path: s for s in staged if not s.path.exists()}.values()):
@@ -217,7 +214,7 @@ def _stage(
                 raise OSError(f"{len(missing)} units could not be staged: {error}")
             progress.update(task, completed=len(staged) - len(missing))
             try:
-                for _ in _run(missing, sources, settings, ray):
+                for _ in _run(missing, work, ray):
                     progress.advance(task)
             except (RuntimeError, DaftCoreException) as failure:
                 # A worker or a node died. What it had finished is there.
@@ -226,13 +223,12 @@ def _stage(
             failures = 0 if n_left < len(missing) else failures + 1
 
 
-def _run(
-    missing: list[Staged], sources: dict[str, Source], settings: Settings, ray: str | None
-) -> Iterator[None]:
+def _run(missing: list[Staged], work: _Work, ray: str | None) -> Iterator[None]:
     """Stage units, in this process if it is little, else wherever Daft does."""
+    sources, settings = work.sources, work.settings
     if not ray and sum(s.unit.n_bytes for s in missing) < IN_PROCESS_BYTES:
         for s in missing:
-            stage_unit(s.unit, sources[s.unit.source], settings, s.path.parent, s.path.stem)
+            stage_unit(s.unit, sources[s.unit.source], settings, work.folder, s.path.stem)
             yield
         return
     if ray:
@@ -248,7 +244,7 @@ def _run(
     )
     frame = frame.into_partitions(len(missing)) if ray else frame.into_batches(1)
     stage = daft.func(stage_json, return_dtype=daft.DataType.string(), use_process=not ray)
-    arguments = (settings.to_json(), str(missing[0].path.parent))
+    arguments = (settings.to_json(), str(work.folder))
     done: Any = stage(col("unit"), col("source"), *arguments, col("key"))
     for _ in frame.select(done.alias("key")).to_arrow_iter():
         yield
@@ -272,22 +268,15 @@ def _connect(address: str) -> None:
     daft.set_runner_ray(noop_if_initialized=True)
 
 
-def _build(
-    corpus: Corpus,
-    listing: Listing,
-    staged: list[Staged],
-    settings: Settings,
-    folder: Path,
-    console: Console,
-) -> dict[str, Any]:
+def _build(work: _Work, folder: Path, console: Console) -> dict[str, Any]:
     """Write shards and signatures into the folder and return what the manifest says of it all."""
-    if not listing.units:
-        missing = ", ".join(listing.unavailable) or "nothing"
+    if not work.listing.units:
+        missing = ", ".join(work.listing.unavailable) or "nothing"
         raise ValueError(
             f"the corpus is empty: no wanted files in its sources (not available: {missing})"
         )
     with console.status("looking for duplicates …"):
-        selection = select(corpus, staged, folder)
+        selection = select(work.corpus, work.staged, folder)
     drops = selection.drop_counts()
     if not selection.n_kept:
         counts = ", ".join(f"{reason}: {drop['n']}" for reason, drop in drops.items())
@@ -295,7 +284,7 @@ def _build(
         raise ValueError(f"the corpus is empty: of {n_files} files none was kept ({counts or '-'})")
     if not selection.n_train:
         raise ValueError("corpus.hold_out names every package: nothing is left to train on")
-    with _progress(console) as progress:
+    with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("writing shards", total=selection.n_rows)
         shards = write_shards(
             selection.parts,
@@ -304,39 +293,30 @@ def _build(
             lambda n_rows: progress.advance(task, n_rows),
         )
     write_signatures(selection, folder)
-    return _contents(corpus, listing, settings, selection, drops, shards)
+    return _contents(work, selection, shards) | {"dropped": drops}
 
 
-def _contents(
-    corpus: Corpus,
-    listing: Listing,
-    settings: Settings,
-    selection: Selection,
-    drops: dict[str, Any],
-    shards: list[dict[str, Any]],
-) -> dict[str, Any]:
+def _contents(work: _Work, selection: Selection, shards: list[dict[str, Any]]) -> dict[str, Any]:
     """The manifest: what went in, counts, shards, and a fingerprint over the shards."""
     fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode())
     manifest = {
         "python": ".".join(platform.python_version_tuple()[:2]),  # decides what parses
-        "config": corpus.model_dump(mode="json"),
+        "config": work.corpus.model_dump(mode="json"),
         "inputs": {
             "n_files": selection.n_rows,
             "sha256": selection.inputs_digest(),
-            "archives": sorted(listing.archives),
-            "unavailable": dict(sorted(listing.unavailable.items())),
+            "archives": sorted(work.listing.archives),
+            "unavailable": dict(sorted(work.listing.unavailable.items())),
             "n_other_files": {
-                source.name: listing.n_other[source.name] + selection.n_other[source.name]
-                for source in corpus.sources
+                name: work.listing.n_other[name] + selection.n_other[name] for name in work.sources
             },
         },
         **selection.counts(),
-        "dropped": drops,
         "shards": shards,
         "fingerprint": fingerprint.hexdigest(),
     }
-    if settings.block_list:
-        known = BlockList.load(Path(settings.block_list)).benchmarks
+    if block_list := work.settings.block_list:
+        known = BlockList.load(Path(block_list)).benchmarks
         hits = selection.benchmark_hits()
         manifest["benchmarks"] = {
             name: facts | {"n_documents_hit": hits.get(name, 0)} for name, facts in known.items()
@@ -344,24 +324,13 @@ def _contents(
     return manifest
 
 
-def _remove_others(folder: Path, staged: list[Staged], settings: Settings) -> None:
+def _remove_others(work: _Work) -> None:
     """Delete staged files that belong to nothing any more."""
-    wanted = {s.path.name for s in staged} | {Path(settings.block_list).name, "current.json"}
-    for path in folder.iterdir():
+    wanted = {s.path.name for s in work.staged}
+    wanted |= {Path(work.settings.block_list).name, "current.json"}
+    for path in work.folder.iterdir():
         if path.name not in wanted:
             path.unlink()
-
-
-def _progress(console: Console) -> Progress:
-    """A progress bar on standard error, silent when that is no terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
 
 
 def _report(manifest: dict[str, Any], folder: Path) -> None:

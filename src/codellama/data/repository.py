@@ -12,31 +12,20 @@ import ast
 import hashlib
 import posixpath
 import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from codellama.artifact import new_folder, write_manifest
 from codellama.data.corpus import KIND, SPLITS, CorpusReader, ShardWriter, Split
+from codellama.data.extract import parse_python
 from codellama.data.split import unit_hash
 
 PART_BYTES = 400_000  # about 100,000 tokens; a larger repository becomes several documents
+# Languages whose comments begin with two slashes.
 _SLASHES = frozenset(
-    {
-        "c",
-        "cpp",
-        "csharp",
-        "java",
-        "javascript",
-        "typescript",
-        "jsx",
-        "go",
-        "rust",
-        "swift",
-        "kotlin",
-    }
-    | {"scala", "php", "dart", "d", "zig", "cuda", "groovy", "objective-c", "solidity", "protobuf"}
+    """c cpp csharp java javascript typescript jsx go rust swift kotlin scala php dart d zig cuda
+    groovy objective-c solidity protobuf""".split()  # noqa: SIM905
 )
 
 
@@ -191,11 +180,8 @@ class _Resolver:
         return next((s + e for s in stems for e in endings if s + e in self._paths), None)
 
     def _python(self, path: str, text: str) -> set[str | None]:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tree = ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+        tree = parse_python(text)
+        if tree is None:
             return set()
         found: set[str | None] = set()
         for node in ast.walk(tree):

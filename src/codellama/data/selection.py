@@ -22,7 +22,7 @@ from codellama.artifact import read_manifest
 from codellama.data.corpus import KIND, SPLITS
 from codellama.data.dedup import KEY_BYTES
 from codellama.data.filters import REASONS
-from codellama.data.shuffle import Part
+from codellama.data.shuffle import Part, row_groups
 from codellama.data.sources import Unit
 from codellama.data.split import TRAIN, VALIDATION, Fixed, Rows, assign_splits, unit_hash
 from codellama.recipe import Corpus, NearDuplicates
@@ -207,9 +207,18 @@ def select(corpus: Corpus, staged: list[Staged], folder: Path) -> Selection:
         place,
     )
     split, stands_for = assign_splits(corpus, rows, signatures, fixed)
-    parts = _parts(corpus, staged, table, split)
+    order = np.zeros(len(split))
+    for index in np.flatnonzero(split >= 0):
+        order[index] = unit_hash(corpus.seed, rows.sha256[index].hex())
+    # Of each staged file the places of its rows in the table, in the file's own order.
+    back = np.lexsort((table.column("row").to_numpy(), part_of := table.column("part").to_numpy()))
+    places = np.split(back, np.searchsorted(part_of[back], np.arange(1, len(staged))))
+    parts = [
+        Part(s.path, s.unit.source, split[own], order[own])
+        for s, own in zip(staged, places, strict=True)
+    ]
     if corpus.keep_rejects:
-        _write_rejects(staged, table, reason, folder)
+        _write_rejects(parts, [reason[own] for own in places], folder)
     return Selection(corpus, table, split, reason, stands_for, place, signatures, parts, n_other)
 
 
@@ -236,21 +245,6 @@ def _keys(column: pa.ChunkedArray) -> np.ndarray:
     """16-byte keys as one numpy array; zeros where there is none."""
     values = b"".join(value or bytes(KEY_BYTES) for value in column.to_pylist())
     return np.frombuffer(values, f"V{KEY_BYTES}")
-
-
-def _parts(corpus: Corpus, staged: list[Staged], table: pa.Table, split: np.ndarray) -> list[Part]:
-    """What is kept of each staged file, in its own order."""
-    order = np.zeros(len(split))
-    kept = np.flatnonzero(split >= 0)
-    for index, digest in zip(kept, table.column("sha256").take(kept).to_pylist(), strict=True):
-        order[index] = unit_hash(corpus.seed, digest.hex())
-    part, row = table.column("part").to_numpy(), table.column("row").to_numpy()
-    back = np.lexsort((row, part))
-    bounds = np.searchsorted(part[back], np.arange(len(staged) + 1))
-    return [
-        Part(s.path, s.unit.source, split[back[begin:end]], order[back[begin:end]])
-        for s, begin, end in zip(staged, bounds[:-1], bounds[1:], strict=True)
-    ]
 
 
 def _read_others(paths: tuple[str, ...], near: NearDuplicates | None) -> tuple[Fixed, bytes]:
@@ -293,30 +287,20 @@ def write_signatures(selection: Selection, folder: Path) -> None:
             writer.write_table(pa.table(columns, schema=schema))
 
 
-def _write_rejects(staged: list[Staged], table: pa.Table, reason: np.ndarray, folder: Path) -> None:
+def _write_rejects(parts: list[Part], reasons: list[np.ndarray], folder: Path) -> None:
     """Everything that was dropped, with the beginning of its text, to be read by people."""
     names = ("repository", "path", "detail")
-    schema = pa.schema(
-        [("reason", pa.string()), ("source", pa.string())]
-        + [(name, pa.string()) for name in names]
-        + [("text", pa.large_string())]
-    )
-    part, row = table.column("part").to_numpy(), table.column("row").to_numpy()
-    back = np.lexsort((row, part))
-    bounds = np.searchsorted(part[back], np.arange(len(staged) + 1))
+    fields = [(name, pa.string()) for name in ("reason", "source", *names)]
+    schema = pa.schema([*fields, ("text", pa.large_string())])
     with pq.ParquetWriter(folder / "rejects.parquet", schema, compression="zstd") as writer:
-        for number, s in enumerate(staged):
-            why = reason[back[bounds[number] : bounds[number + 1]]]
-            file, begin = pq.ParquetFile(s.path), 0
-            for group in range(file.num_row_groups):
-                found = file.read_row_group(group, columns=[*names, "text", "rejected"])
-                some = why[begin : begin + len(found)]
-                begin += len(found)
-                chosen = np.flatnonzero([reason is not None for reason in some])
+        for part, reason in zip(parts, reasons, strict=True):
+            for found, rows in row_groups(part.path, [*names, "text", "rejected"]):
+                why = reason[rows]
+                chosen = np.flatnonzero([each is not None for each in why])
                 text = pc.coalesce(found.column("rejected"), found.column("text"))
                 columns = [
-                    pa.array(some[chosen], pa.string()),
-                    pa.array([s.unit.source] * len(chosen), pa.string()),
+                    pa.array(why[chosen], pa.string()),
+                    pa.array([part.source] * len(chosen), pa.string()),
                     *(found.column(name).take(chosen) for name in names),
                     text.take(chosen),
                 ]

@@ -10,7 +10,7 @@ In: staged files and, for each row, its split and hash. Out: shards in a corpus 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,15 @@ class Part(NamedTuple):
     """For each row -1 or the index of its split."""
     order: np.ndarray
     """For each row a number in [0, 1)."""
+
+
+def row_groups(path: Path, columns: Sequence[str]) -> Iterator[tuple[pa.Table, slice]]:
+    """The row groups of a file and which of its rows they are; one is in memory at a time."""
+    file, begin = pq.ParquetFile(path), 0
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=list(columns))
+        yield table, slice(begin, begin + len(table))
+        begin += len(table)
 
 
 def write_shards(
@@ -85,13 +94,7 @@ def _spill(parts: list[Part], n_buckets: int, spill: Path, advance: Callable[[in
         if (part.split < 0).all():
             advance(len(part.split))
             continue
-        begin = 0
-        # Buffered, as reading whole row groups ahead would hold several of them.
-        file = pq.ParquetFile(part.path)
-        for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=list(FIELDS))
-            rows = slice(begin, begin + table.num_rows)
-            begin += table.num_rows
+        for table, rows in row_groups(part.path, FIELDS):
             split, order = part.split[rows], part.order[rows]
             bucket = np.minimum((order * n_buckets).astype(np.int64), n_buckets - 1)
             names = split.astype(np.int64) * n_buckets + bucket

@@ -95,30 +95,7 @@ def read_unit(unit: Unit, source: Source, max_bytes: int) -> Iterator[RawDocumen
                 document.reason = "unsafe path" if error.errno == errno.EXDEV else "unreadable"
             yield document
         return
-    if unit.reader == "git":
-        blobs = [(entry.path, entry.location) for entry in unit.entries]
-        documents = read_git(unit.location, blobs, max_bytes)
-    else:
-        try:
-            file = open_location(unit.location)
-        except (OSError, ValueError) as error:  # ValueError: Daft's, for what is not local
-            detail = str(error).splitlines()[0][:120] if REMOTE.match(unit.location) else ""
-            yield RawDocument(unit.name, reason="unavailable", detail=detail)
-            return
-        with file:
-            yield from _with_origin(_container(unit, source, file, max_bytes), unit)
-        return
-    yield from _with_origin(documents, unit)
-
-
-def _container(unit: Unit, source: Source, file: BinaryIO, max_bytes: int) -> Iterator[RawDocument]:
-    if unit.reader == "table":
-        return read_table(file, unit.name, source, max_bytes)
-    return read_archive(file, unit.name, lambda path: takes(source, path), max_bytes)
-
-
-def _with_origin(documents: Iterator[RawDocument], unit: Unit) -> Iterator[RawDocument]:
-    for document in documents:
+    for document in _contained(unit, source, max_bytes):
         document.repository = as_text(document.repository or unit.repository)
         if document.licence in (None, UNKNOWN):
             document.licence = unit.licence
@@ -127,6 +104,25 @@ def _with_origin(documents: Iterator[RawDocument], unit: Unit) -> Iterator[RawDo
             document.reason, document.content = "unsafe path", b""
         document.path = as_text(document.path.removeprefix("./"))
         yield document
+
+
+def _contained(unit: Unit, source: Source, max_bytes: int) -> Iterator[RawDocument]:
+    """The documents of a repository, archive or table, as it names them."""
+    if unit.reader == "git":
+        blobs = [(entry.path, entry.location) for entry in unit.entries]
+        yield from read_git(unit.location, blobs, max_bytes)
+        return
+    try:
+        file = open_location(unit.location)
+    except (OSError, ValueError) as error:  # ValueError: Daft's, for what is not local
+        detail = str(error).splitlines()[0][:120] if REMOTE.match(unit.location) else ""
+        yield RawDocument(unit.name, reason="unavailable", detail=detail)
+        return
+    with file:
+        if unit.reader == "table":
+            yield from read_table(file, unit.name, source, max_bytes)
+        else:
+            yield from read_archive(file, unit.name, lambda path: takes(source, path), max_bytes)
 
 
 def open_location(location: str) -> BinaryIO:

@@ -16,12 +16,13 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 
 from codellama.data.archives import RawDocument
 from codellama.data.decontaminate import BlockList, cut
@@ -39,8 +40,7 @@ BATCH_BYTES = 4_000_000  # of text, which a worker holds at a time
 REJECT_BYTES = 20_000  # of a rejected document, where those are kept
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(BaseModel, frozen=True):
     """What of a recipe decides how a document is examined."""
 
     filters: Filters
@@ -52,22 +52,7 @@ class Settings:
 
     def to_json(self) -> str:
         """For workers, and for the names of files."""
-        near = self.near_duplicates.model_dump() if self.near_duplicates else None
-        fields = asdict(self) | {"filters": self.filters.model_dump(), "near_duplicates": near}
-        return json.dumps(fields, sort_keys=True)
-
-    @staticmethod
-    def from_json(text: str) -> Settings:
-        """What `to_json` wrote."""
-        fields = json.loads(text)
-        near = fields["near_duplicates"]
-        return Settings(
-            **fields
-            | {
-                "filters": Filters.model_validate(fields["filters"]),
-                "near_duplicates": near and NearDuplicates.model_validate(near),
-            }
-        )
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
 
 
 def columns(n_hashes: int = 0) -> pa.Schema:
@@ -124,22 +109,16 @@ def stage_json(unit: str, source: str, settings: str, folder: str, key: str) -> 
     """The same with plain arguments, for workers; returns the key."""
     fields = json.loads(unit)
     fields["entries"] = tuple(Entry(*entry) for entry in fields["entries"])
-    stage_unit(
-        Unit(**fields),
-        Source.model_validate_json(source),
-        Settings.from_json(settings),
-        Path(folder),
-        key,
-    )
+    examined = Source.model_validate_json(source), Settings.model_validate_json(settings)
+    stage_unit(Unit(**fields), *examined, Path(folder), key)
     return key
 
 
 def _table(rows: list[dict[str, Any]], schema: pa.Schema, near: NearDuplicates | None) -> pa.Table:
     if near:
         kept = [row for row in rows if row["text"] is not None]
-        for row, signature in zip(
-            kept, signatures([row["text"] for row in kept], near), strict=True
-        ):
+        found = signatures([row["text"] for row in kept], near)
+        for row, signature in zip(kept, found, strict=True):
             row["signature"] = signature.tobytes()
     return pa.Table.from_pylist(rows, schema=schema)
 

@@ -52,14 +52,8 @@ def fetch_wheel(package: str, cache: Path, timeout_s: float = 600) -> Path:
     incoming = cache / "incoming"
     incoming.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += [
-        "--no-input",
-        "--disable-pip-version-check",
-        "--quiet",
-        "-d",
-        str(incoming),
-        package,
-    ]
+    command += ["--no-input", "--disable-pip-version-check", "--quiet", "-d", str(incoming)]
+    command.append(package)
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s
