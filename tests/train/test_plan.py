@@ -1,11 +1,14 @@
 """The cost of a stage, against arithmetic by hand and against what the paper reports."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from codellama.model.config import ModelConfig
 from codellama.recipe import load_recipe
+from codellama.train.loss import can_compile
 from codellama.train.plan import memory, plan, plan_table
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -91,3 +94,58 @@ def test_table_ends_with_sums(plans):
     assert [row["stage"] for row in rows] == [*plans["34b"], "all"]
     hours = sum(p["device_hours"] for p in plans["34b"].values())
     assert rows[-1]["a100 hours"] == f"{hours:,.2f}"
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+import torch
+from codellama.data.loader import Batch
+from codellama.model.config import ModelConfig
+from codellama.model.transformer import Transformer
+from codellama.recipe import Stage
+from codellama.train.loss import LossFunction
+from codellama.train.optim import make_optimizer
+from codellama.train.loss import can_compile
+from codellama.train.plan import memory
+from codellama.train.start import prepared
+
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def steps(config, n_rows, seq_len):
+    settings = {"micro_batch": n_rows, "seq_len": seq_len, "batch_tokens": n_rows * seq_len}
+    stage = Stage(steps=1, peak_lr=1e-4, recompute=sys.argv[1], **settings)
+    model = Transformer(config)
+    model.initialise(torch.Generator().manual_seed(0))
+    prepared(model, stage)
+    optimizer, forward = make_optimizer(model, stage), LossFunction(model, stage)
+    for _ in range(3):
+        tokens = torch.randint(3, config.vocab_size, (n_rows, seq_len))
+        places = torch.arange(seq_len).expand(n_rows, seq_len)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        batch = Batch(tokens, tokens, mask, torch.zeros_like(tokens), places)
+        forward(batch, mask.float() / mask.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return memory(config, stage).total
+
+
+steps(ModelConfig(64, 1, 1, 1, 64, 128), 2, 64)  # what the libraries take
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+planned = steps(ModelConfig.named("tiny"), 8, 1024)
+print((resident("VmHWM") - before) / planned)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_memory_of_a_real_run(recompute):
+    command = [sys.executable, "-c", MEASURED, recompute]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    assert float(done.stdout) == pytest.approx(1, abs=0.1)
