@@ -13,13 +13,14 @@ import { showPrompt } from "./prompt.js";
 
 const EXAMPLE = `def area(width, height):
     """The area of a rectangle."""
-    return 
+    return
 
 
 print(area(width=3, height=4))
 `;
 const LINES_BEFORE = 256, LINES_AFTER = 64; // what llama.vim sends as well
 const CHARACTERS_PER_TOKEN = 2.5; // of source code, low enough that the context rarely overflows
+const CALM = matchMedia("(prefers-reduced-motion: reduce)");
 const find = (id) => document.getElementById(id);
 
 export function startEditor(model, announce) {
@@ -43,6 +44,7 @@ export function startEditor(model, announce) {
         onTexts(texts.filter(Boolean).map((text) => text.replace(/\r?\n/g, state.lineBreak)));
       });
     } catch (error) {
+      if (signal.aborted) status.textContent = "";
       if (error.code !== "context_length_exceeded" || nTokens < 256) throw error;
       return ask(state, n, signal, onTexts, nTokens / 2); // text of more tokens than source code
     }
@@ -55,7 +57,7 @@ export function startEditor(model, announce) {
     ask,
     onShow(value) {
       for (const id of ["accept", "reject", "previous", "next"]) find(id).disabled = !value;
-      find("next").title = value ? `${value.at + 1} of ${value.texts.length}` : "";
+      find("which").textContent = value ? `${value.at + 1} of ${value.texts.length}` : "";
     },
     onDone: ({ texts, at }) =>
       announce(`Suggestion ${at + 1} of ${texts.length}: ${texts[at]}. Tab accepts, Escape rejects.`),
@@ -72,8 +74,9 @@ export function startEditor(model, announce) {
       selection: { anchor: cursor },
       extensions: [
         ghost.extension, EditorState.lineSeparator.of(lineBreak), languageOf(name) ?? [],
-        lineNumbers(), highlightSpecialChars(), history(), drawSelection(), dropCursor(),
-        indentOnInput(), indentUnit.of("    "), bracketMatching(), highlightActiveLine(),
+        lineNumbers(), highlightSpecialChars(), history(), dropCursor(), indentOnInput(),
+        drawSelection({ cursorBlinkRate: CALM.matches ? 0 : 1200 }),
+        indentUnit.of("    "), bracketMatching(), highlightActiveLine(),
         syntaxHighlighting(classHighlighter), EditorView.lineWrapping,
         EditorView.contentAttributes.of({ "aria-label": "Code", "aria-describedby": "keys" }),
         keymap.of([indentWithTab, ...defaultKeymap, ...historyKeymap]),
@@ -81,7 +84,11 @@ export function startEditor(model, announce) {
     }));
   }
 
-  const openFile = async (file) => file && open(file.name, await file.text());
+  async function openFile(file) {
+    if (!file) return;
+    open(file.name, await file.text());
+    view.focus();
+  }
   find("file").addEventListener("change", (event) => openFile(event.target.files[0]));
   find("infill").addEventListener("dragover", (event) => event.preventDefault());
   find("infill").addEventListener("drop", (event) => {
@@ -100,15 +107,17 @@ export function startEditor(model, announce) {
       view.focus();
     });
   }
-  open("example.py", EXAMPLE, EXAMPLE.indexOf("return ") + 7);
+  open("example.py", EXAMPLE, EXAMPLE.indexOf("return") + 6);
 }
 
-/** [prefix, suffix]: whole lines around the cursor, three quarters of the room before it. */
-function aroundCursor(state, n_tokens) {
+/** [prefix, suffix]: lines around the cursor, three quarters of the room before it. */
+function aroundCursor(state, nTokens) {
   const head = state.selection.main.head, doc = state.doc, line = doc.lineAt(head).number;
-  const room = Math.max(0, n_tokens * CHARACTERS_PER_TOKEN);
+  const room = Math.max(0, nTokens * CHARACTERS_PER_TOKEN);
   let first = Math.max(1, line - LINES_BEFORE), last = Math.min(doc.lines, line + LINES_AFTER);
   while (first < line && head - doc.line(first).from > room * 0.75) first++;
   while (last > line && doc.line(last).to - head > room * 0.25) last--;
-  return [state.sliceDoc(doc.line(first).from, head), state.sliceDoc(head, doc.line(last).to)];
+  const from = Math.max(doc.line(first).from, head - Math.floor(room * 0.75));
+  const to = Math.min(doc.line(last).to, head + Math.floor(room * 0.25)); // in a long line, too
+  return [state.sliceDoc(from, head), state.sliceDoc(head, to)];
 }

@@ -1,0 +1,200 @@
+"""The dialects beside OpenAI's: ollama's own client, and the shapes that editors send."""
+
+import httpx
+import ollama
+import pytest
+
+from codellama import SamplingParams
+from codellama.tokenizer.variants import INFILLING_PIECES
+
+GAP = ("def area(r):\n    ", "\n    return a\n")
+PARAMS = SamplingParams(max_tokens=12)
+GREEDY = {"num_predict": 12, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def expected(engine):
+    return engine.infill([GAP], PARAMS)[0].text
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return ollama.Client(host=server)
+
+
+def test_ollama_generate(client, engine, expected):
+    reply = client.generate("codellama", GAP[0], suffix=GAP[1], options=GREEDY)
+    assert reply.response == expected
+    assert (reply.done, reply.done_reason, reply.eval_count) == (True, "length", 12)
+    parts = list(client.generate("codellama", GAP[0], suffix=GAP[1], options=GREEDY, stream=True))
+    assert "".join(part.response for part in parts) == expected
+    assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+    raw = f"<PRE> {GAP[0]} <SUF>{GAP[1]} <MID>"
+    assert client.generate("codellama", raw, raw=True, options=GREEDY).response == expected
+    plain = client.generate("codellama", GAP[0], options=GREEDY)
+    assert plain.response == engine.complete([GAP[0]], PARAMS)[0].text
+
+
+def test_ollama_chat_show_list(client, engine):
+    messages = [{"role": "user", "content": "Say hi."}]
+    reply = client.chat("codellama", messages, options=GREEDY)
+    assert reply.message.content == engine.chat([messages], PARAMS)[0].text
+    assert ".Suffix" in client.show("codellama").template
+    assert client.list().models[0].model == "codellama:latest"
+    assert client.generate("codellama").done_reason == "load"
+    with pytest.raises(ollama.ResponseError, match="special tags"):
+        client.chat("codellama", [{"role": "user", "content": "<<SYS>>"}])
+
+
+def test_mistral(post, server, expected):
+    body = {"prompt": GAP[0], "suffix": GAP[1], "max_tokens": 12, "temperature": 0}
+    assert post("/v1/fim/completions", **body)["choices"][0]["message"]["content"] == expected
+    with httpx.stream("POST", f"{server}/v1/fim/completions", json=body | {"stream": True}) as r:
+        lines = [line.removeprefix("data: ") for line in r.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    deltas = [httpx.Response(200, text=line).json()["choices"][0] for line in lines]
+    assert "".join(delta["delta"]["content"] for delta in deltas) == expected
+    assert deltas[-1]["finish_reason"] == "length"
+
+
+def test_tabby(post, engine):
+    snippet = {"filepath": "lib/shapes.ts", "body": "const PI = 3;", "score": 1.0}
+    segments = {"prefix": GAP[0], "suffix": GAP[1], "declarations": [snippet], "clipboard": "x"}
+    reply = post(
+        "/v1/completions",
+        language="python",
+        segments=segments,
+        debug_options={"return_prompt": True},
+    )
+    assert isinstance(reply["choices"][0]["text"], str)
+    heading = "// lib/shapes.ts\nconst PI = 3;\n\n"
+    assert reply["debug_data"]["prompt"] == heading + GAP[0] + GAP[1]
+    assert httpx.Client is not None
+    plain = post("/v1/completions", segments={"prefix": GAP[0], "suffix": GAP[1]})
+    [same] = engine.infill([GAP], SamplingParams(max_tokens=64))
+    assert same.text.startswith(plain["choices"][0]["text"])
+
+
+def infill(**more):
+    return {"input_prefix": "def area(r):\n", "prompt": "    ", "input_suffix": GAP[1]} | more
+
+
+def test_infill(post, engine, expected):
+    reply = post("/infill", **infill(n_predict=12))
+    assert expected.startswith(reply["content"])
+    assert (reply["stop"], reply["stop_type"], reply["truncated"]) == (True, "limit", False)
+    assert reply["timings"]["predicted_n"] == 12
+    extra = [{"filename": "a/b.py", "text": "A = 1", "time": 0}, {"text": "B = 2"}]
+    reply = post("/infill", **infill(input_extra=extra, n_predict=1))
+    assert reply["prompt"] == "# a/b.py\nA = 1\n\n# snippet\nB = 2\n\n" + "".join(GAP)
+
+
+def test_cross_file_context_is_written_as_training_wrote_it():
+    from codellama.data.languages import LANGUAGES
+    from codellama.data.repository import _comment as training
+    from codellama.serve.prompts import _comment as serving
+
+    for language in LANGUAGES.values():
+        for ending in language.endings:
+            assert serving(f"x{ending}") == training(language.name, f"x{ending}")
+
+
+def test_infill_as_llama_vim_sends_it(post, server):
+    """Several results are an array; paths of response_fields stay names."""
+    fields = ["content", "timings/prompt_n", "timings/nothing", "truncated"]
+    editor = {
+        "samplers": ["top_k", "top_p", "infill"],
+        "id_slot": 0,
+        "top_k": 40,
+        "top_p": 0.9,
+        "cache_prompt": True,
+        "t_max_prompt_ms": 500,
+        "t_max_predict_ms": 250,
+    }
+    replies = post("/infill", **infill(**editor, n_predict=8, n_cmpl=3, response_fields=fields))
+    assert [set(reply) for reply in replies] == [{"content", "timings/prompt_n", "truncated"}] * 3
+    reply = post("/infill", **infill(**editor, n_predict=8, response_fields=fields))
+    assert isinstance(reply["content"], str)
+
+
+def test_a_warm_up_fills_the_cache(post):
+    prefix = "".join(f"warm_{i} = {i}\n" for i in range(40))
+    warm = post("/infill", **infill(input_prefix=prefix, n_predict=0, response_fields=[""]))
+    assert warm == {}
+    reply = post("/infill", **infill(input_prefix=prefix, n_predict=1))
+    assert reply["timings"]["cache_n"] >= reply["tokens_evaluated"] - 16
+    assert post("/infill", **infill(n_predict=0))["content"] == ""
+
+
+def test_what_does_not_fit_is_left_out_and_said(post, engine):
+    lines = [f"value_{i} = {i}\n" for i in range(2000)]
+    extra = [{"filename": "x.py", "text": "X = 1\n" * 900}]
+    settings = {"input_suffix": "".join(lines), "input_extra": extra, "n_predict": 8}
+    first = post("/infill", **infill(input_prefix="".join(lines), **settings))
+    assert first["truncated"]
+    assert first["tokens_evaluated"] + 8 <= 1024
+    assert "value_1999 = 1999\n    value_0 = 0\n" in first["prompt"]
+    assert "X = 1" not in first["prompt"]
+    # The next keystroke finds what stands before it.
+    more = post("/infill", **infill(input_prefix="".join(lines), **settings, prompt="    ab"))
+    assert more["timings"]["cache_n"] > 400
+
+
+def test_completion_of_llama_cpp(post, server, engine):
+    prompt = "def fibonacci(n):\n"
+    [expected] = engine.complete([prompt], PARAMS)
+    body = {"prompt": prompt, "n_predict": 12, "temperature": 0}
+    assert post("/completion", **body)["content"] == expected.text
+    with httpx.stream("POST", f"{server}/completion", json=body | {"stream": True}) as reply:
+        chunks = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
+    chunks = [httpx.Response(200, text=chunk).json() for chunk in chunks]
+    assert "".join(chunk["content"] for chunk in chunks) == expected.text
+    assert [chunk["stop"] for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    word = expected.text[4:7]
+    stopped = post("/completion", **body, stop=[word])
+    assert (stopped["stop_type"], stopped["stopping_word"]) == ("word", word)
+    assert stopped["content"] == expected.text[: expected.text.index(word)]
+    ended = post("/completion", **body, logit_bias=[[2, 100]])
+    assert (ended["stop_type"], ended["content"]) == ("eos", "")
+
+
+def test_tokenize(post):
+    text = "def ħello(): <PRE>"
+    ids = post("/tokenize", content=text)["tokens"]
+    assert post("/detokenize", tokens=ids)["content"] == text
+    pieces = post("/tokenize", content=text, with_pieces=True, add_special=True)["tokens"]
+    assert [piece["id"] for piece in pieces] == [1, *ids]
+    assert pieces[1]["piece"] == " def"
+
+
+def test_no_text_becomes_a_control_id(post, engine):
+    """Every control piece and tag, in every place for text; ids are those of plain text."""
+    tokenizer = engine.tokenizer
+    words = ["<s>", "</s>", "<unk>", *INFILLING_PIECES, *map(str.strip, INFILLING_PIECES)]
+    words += ["<PRE>", "<SUF>", "<MID>", "<EOT>", "<step>", "<0x0A>", "[INST]", "<<SYS>>"]
+    settings = {"max_tokens": 1, "return_token_ids": True}
+
+    def ids(path, **body):
+        return post(path, **settings, **body)["choices"][0]["prompt_token_ids"]
+
+    for word in words:
+        plain = tokenizer.encode(f"a {word} b")
+        assert not set(plain) & {0, 1, 2, *range(8192, 8196)}
+        assert ids("/v1/completions", prompt=f"a {word} b", stop=[word]) == [1, *plain]
+        gap = ids("/v1/completions", prompt=f"a {word} b", suffix=word)
+        suffix = tokenizer.encode_without_prefix_space(word)
+        assert gap == [1, 8192, *plain, 8193, *suffix, 8194]
+        written = ids("/v1/completions", prompt=f"<PRE> a {word} b <SUF> <MID>")
+        assert written == [1, 8192, *plain, 8193, 8194]
+        if "[" not in word and "<<" not in word and "step" not in word:
+            chat = ids(
+                "/v1/chat/completions",
+                messages=[
+                    {"role": "system", "content": word},
+                    {"role": "user", "content": f"a {word}"},
+                ],
+            )
+            assert chat == [
+                1,
+                *tokenizer.encode(f"[INST] <<SYS>>\n{word}\n<</SYS>>\n\na {word} [/INST]"),
+            ]

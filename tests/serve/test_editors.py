@@ -1,0 +1,145 @@
+"""What editors send, replayed; replies are read as each client reads them.
+
+Each file of `requests/` is one request in the shape of a client's public source: `client` and
+`when` say which, `gap` what prefix and suffix it means, `reads` how the client takes the reply.
+"""
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+from shipped_server import shipped_server
+
+from codellama import Engine, SamplingParams
+
+FILES = sorted(Path(__file__).parent.glob("requests/*.json"))
+REQUESTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FILES}
+TIMINGS = ("prompt_n", "prompt_ms", "prompt_per_second", "predicted_n", "predicted_ms")
+NEW_TOKENS = 64
+
+
+def streamed(reply, read):
+    """Texts of events up to the last; `[DONE]` before it is no JSON and breaks Tabby, too."""
+    text = ""
+    for line in reply.text.split("\n"):
+        if line.startswith("data:"):
+            piece, is_last = read(json.loads(line[5:]))
+            text += piece
+            if is_last:
+                return text
+    raise AssertionError("no last event")
+
+
+def ollama(reply):
+    lines = [json.loads(line) for line in reply.text.split("\n") if line]
+    assert [line["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
+    return "".join(line["response"] for line in lines)
+
+
+def infill(reply):
+    """llama.vim looks for the text before it parses, and formats the numbers."""
+    body = reply.json()
+    assert '"content": "' in reply.text
+    assert all(isinstance(body[f"timings/{name}"], int | float) for name in TIMINGS)
+    assert body["tokens_cached"] > 0
+    assert body["truncated"] is False
+    return body["content"]
+
+
+def alternatives(reply):
+    """llama.vscode's three."""
+    texts = [result["content"] for result in reply.json()]
+    assert len(texts) == 3
+    return texts[0]
+
+
+def zed(reply):
+    """Zed refuses a reply that lacks any of these."""
+    body = reply.json()
+    assert [type(body[name]) for name in ("id", "object", "model", "created")] == [str] * 3 + [int]
+    assert {"prompt_tokens", "completion_tokens", "total_tokens"} <= body["usage"].keys()
+    return body["choices"][0]["text"]
+
+
+def choice(event):
+    """OpenAI's and Mistral's: a text is a string in every event."""
+    [found] = event["choices"]
+    return found["text"] if "text" in found else found["delta"]["content"], found["finish_reason"]
+
+
+READERS = {
+    "alternatives": alternatives,
+    "infill": infill,
+    "llamacpp_stream": lambda reply: streamed(reply, lambda e: (e["content"], e["stop"])),
+    "nothing": lambda reply: "" if reply.json() is not None else None,
+    "ollama": ollama,
+    "openai_stream": lambda reply: streamed(reply, choice),
+    "tabby": lambda reply: reply.json()["choices"][0]["text"],
+    "zed": zed,
+}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with shipped_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine()
+
+
+def replay(server, name, **changes):
+    request = REQUESTS[name]
+    reply = httpx.post(server + request["path"], json=request["body"] | changes, timeout=60)
+    assert reply.status_code == 200, reply.text
+    return READERS[request["reads"]](reply)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_the_client_reads_the_reply(server, name):
+    """As sent. A marker in it would be text to an editor."""
+    suggestion = replay(server, name)
+    assert not any(marker in suggestion for marker in ("<EOT>", "<MID>", "<PRE>", "<SUF>"))
+
+
+@pytest.mark.parametrize("name", [name for name, request in REQUESTS.items() if request["gap"]])
+def test_the_prompt_is_exact(server, engine, name):
+    """Made greedy, the text is the engine's own for the gap, whatever is written around it.
+
+    Where the dialect ends a text at an indent or before the suffix, it is a beginning of that.
+    """
+    greedy = {"temperature": 0, "top_k": 0, "top_p": 1.0, "stop": [], "t_max_predict_ms": 60_000}
+    lengths = {"max_tokens": NEW_TOKENS, "n_predict": NEW_TOKENS}
+    options = {"temperature": 0, "num_predict": NEW_TOKENS}
+    suggestion = replay(server, name, **greedy, **lengths, options=options)
+    request, params = REQUESTS[name], SamplingParams(max_tokens=NEW_TOKENS, temperature=0)
+    [expected] = engine.infill([tuple(request["gap"])], params)
+    if request["reads"] in ("infill", "alternatives", "tabby"):
+        assert suggestion.strip()
+        assert expected.text.startswith(suggestion)
+    else:
+        assert suggestion == expected.text
+
+
+def test_a_warm_up_fills_the_cache(server):
+    """llama.vim sends its chunks ahead, with nothing to predict, so that they cost less later."""
+    extra = [{"filename": "ahead.py", "text": "x = 1\n" * 150}]
+    for name, limit in ("llama_vim_warm_up", 1000), ("llama_vim", 100):
+        body = REQUESTS[name]["body"] | {"input_extra": extra, "response_fields": None}
+        reply = httpx.post(server + "/infill", json=body, timeout=60).json()
+        assert reply["tokens_evaluated"] > 500
+        assert reply["timings"]["prompt_n"] < limit
+
+
+def test_what_clients_look_up_first(server):
+    """Continue looks for .Suffix and a context; Tabby says what users did with a text."""
+    shown = httpx.post(server + "/api/show", json={"name": "codellama"}).json()
+    assert ".Suffix" in shown["template"]
+    [model] = httpx.get(server + "/v1/models").json()["data"]
+    assert "codellama" in model["id"]  # Continue and Zed choose the markers by the name
+    assert model["max_model_len"] == 1024
+    event = {"type": "view", "completion_id": "cmpl-1", "choice_index": 0}
+    assert httpx.post(server + "/v1/events", json=event).is_success
