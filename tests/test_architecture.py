@@ -24,7 +24,8 @@ LAYERS: dict[str, set[str]] = {
     # at the bottom: nothing of ours
     "artifact": set(),
     "recipe_corpus": set(),
-    "recipe": {"recipe_corpus"},
+    "recipe_selfinstruct": {"recipe_corpus"},
+    "recipe": {"recipe_corpus", "recipe_selfinstruct"},
     "sandbox": set(),
     "terminal": set(),
     # the parts
@@ -35,8 +36,10 @@ LAYERS: dict[str, set[str]] = {
     "data": {"tokenizer", "weights", "recipe", "artifact"},
     "train": {"model", "data", "tokenizer", "weights", "recipe", "artifact"},
     "engine": MODEL_SIDE | {"recipe"},
-    "selfinstruct": {"engine", "sandbox", "data", "tokenizer", "recipe", "artifact"},
     "eval": {"engine", "sandbox", "data", "tokenizer", "recipe", "artifact"},
+    # it samples, judges and measures as benchmarks do
+    "selfinstruct": {"eval", "engine", "sandbox", "data", "tokenizer", "artifact"}
+    | {"recipe", "recipe_selfinstruct"},
     "serve": {"engine", "tokenizer", "recipe", "artifact"},
     # what people see
     "conversation": {"engine", "tokenizer", "terminal"},

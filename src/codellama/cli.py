@@ -16,7 +16,7 @@ import typer
 
 from codellama import terminal
 from codellama.artifact import code_version
-from codellama.commands import build, evaluate, files, generate, sandbox, serve
+from codellama.commands import build, evaluate, files, generate, sandbox, selfinstruct, serve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,6 +33,7 @@ for command in (
     build.prepare,
     build.train,
     build.run,
+    selfinstruct.selfinstruct,
     files.convert,
     files.inspect,
     sandbox.sandbox,

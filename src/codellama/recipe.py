@@ -27,6 +27,13 @@ from codellama.recipe_corpus import (
     Share,
     Source,
 )
+from codellama.recipe_selfinstruct import (
+    InstructionSet,
+    QuestionWriter,
+    SelfInstruct,
+    SolutionWriter,
+    TestWriter,
+)
 
 
 class TokenizerSettings(Section):
@@ -151,6 +158,7 @@ class Recipe(Section):
     """None: every stage comes from weights, which say it."""
     collections: dict[str, Collection] = Field(default={})
     stages: dict[str, Stage] = Field(min_length=1)
+    selfinstruct: SelfInstruct = SelfInstruct()
 
     @property
     def corpus_dir(self) -> Path:
@@ -299,6 +307,11 @@ def _accepted_keys(location: tuple[int | str, ...]) -> list[str]:
         "benchmarks": Benchmarks,
         "tokenizer": TokenizerSettings,
         "model": ModelChoice,
+        "selfinstruct": SelfInstruct,
+        "questions": QuestionWriter,
+        "tests": TestWriter,
+        "solutions": SolutionWriter,
+        "imports": InstructionSet,
     }
     if location[:1] in (("stages",), ("collections",)):
         # What follows is a name, which can be any word.

@@ -1,0 +1,1 @@
+"""Self-instruct with execution feedback: questions, tests and solutions, kept where they hold."""

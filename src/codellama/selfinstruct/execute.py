@@ -1,0 +1,134 @@
+"""Execution: programs that a model wrote, judged in the sandbox, a row each, in the order given.
+
+Everything runs there and nowhere else. On this machine as many run at a time as there are
+processors; with a Ray cluster on all of its nodes, each with a sandbox of its own.
+
+In: jobs with keys. Out: rows {id, status, message, cpu_s} behind those that the file holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from codellama import sandbox
+from codellama.eval.execution import calibrate, judge_python
+from codellama.eval.task import Patience
+from codellama.selfinstruct.lines import Row, appending, read_rows
+
+N_ERROR_RETRIES = 2  # beyond the sandbox's own
+WINDOW = 1024  # jobs that may run or be done behind one that takes its whole time
+BATCH = 64  # jobs of one task on a cluster: half a second
+
+
+class Job(NamedTuple):
+    """One program to judge."""
+
+    key: str
+    program: str
+    tests: str | None
+    """None runs the program alone; a number on its last line is kept as `value`."""
+
+
+def execute(
+    jobs: Iterable[Job],
+    path: Path,
+    timeout_s: float,
+    ray: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Row]:
+    """Run the jobs that the file has no row for; returns the rows of all jobs by key.
+
+    Args:
+        ray: address of a Ray cluster whose nodes have this package; None is this machine.
+
+    Raises:
+        NoIsolationError: there is no isolation to run programs in.
+    """
+    done = {row["id"]: row for row in read_rows(path)}
+    wanted = {job.key: job for job in jobs}
+    missing = [job for key, job in wanted.items() if key not in done]
+    if missing:
+        rows = _on_cluster(missing, timeout_s, ray) if ray else _here(missing, timeout_s)
+        with appending(path) as append:
+            for number, row in enumerate(rows, start=1):
+                append(row)
+                done[row["id"]] = row
+                if number % 1000 == 0:
+                    say(f"{path.stem}: {number} of {len(missing)} programs run")
+    return {key: done[key] for key in wanted}
+
+
+def _here(jobs: Iterable[Job], timeout_s: float) -> Iterator[Row]:
+    """Rows in the order of the jobs, as many at a time as there are processors."""
+    patience = Patience(calibrate())
+    n_workers = len(os.sched_getaffinity(0))
+    pending: deque[Future[Row]] = deque()
+    # One thread more than jails: one hands in a job while the others wait for theirs.
+    with ThreadPoolExecutor(n_workers + 1) as threads:
+        for job in jobs:
+            pending.append(threads.submit(judge, job, timeout_s, patience))
+            if len(pending) > WINDOW:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def judge(job: Job, timeout_s: float, patience: Patience) -> Row:
+    """Run one job, again where the sandbox failed; never raises for what the program did."""
+    row: Row = {}
+    for _ in range(1 + N_ERROR_RETRIES):
+        row = {"id": job.key, **_run(job, timeout_s, patience)}
+        if row["status"] != "error":
+            break
+    return row
+
+
+def _run(job: Job, timeout_s: float, patience: Patience) -> Row:
+    if job.tests is not None:
+        verdict = judge_python(job.program, job.tests, timeout_s, patience)
+        if verdict.status == "refused":  # not the program's doing: checked before it came here
+            raise sandbox.NoIsolationError(verdict.message)
+        message = verdict.message.encode("utf-8", "replace").decode()
+        return {
+            "status": verdict.status,
+            "message": message[:300],
+            "cpu_s": round(verdict.cpu_s, 3),
+        }
+    cpu_s = timeout_s * patience.cpu
+    outcome = sandbox.run(job.program, cpu_s=cpu_s, timeout_s=cpu_s * patience.wall)
+    return {
+        "status": outcome.status,
+        "value": _last_number(outcome.stdout) if outcome.passed else None,
+        "cpu_s": round(outcome.cpu_s, 3),
+    }
+
+
+def _last_number(text: str) -> float | None:
+    """A share on the last line that a program printed; None where it printed something else."""
+    try:
+        value = json.loads(text.rstrip().rpartition("\n")[2][:40])
+    except ValueError:
+        return None
+    return round(value, 3) if isinstance(value, (int, float)) and 0 <= value <= 1 else None
+
+
+def _on_cluster(jobs: list[Job], timeout_s: float, address: str) -> Iterator[Row]:
+    """The same on all nodes of a Ray cluster, in order."""
+    import ray  # type: ignore[import-not-found]
+
+    ray.init(address=address, ignore_reinit_error=True)
+    judge_batch = ray.remote(num_cpus=1, max_retries=3)(_judge_batch)
+    batches = [jobs[begin : begin + BATCH] for begin in range(0, len(jobs), BATCH)]
+    for handle in [judge_batch.remote(batch, timeout_s) for batch in batches]:
+        yield from ray.get(handle)
+
+
+def _judge_batch(jobs: list[Job], timeout_s: float) -> list[Row]:
+    patience = Patience(calibrate())
+    return [judge(job, timeout_s, patience) for job in jobs]

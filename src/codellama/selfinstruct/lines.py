@@ -1,0 +1,55 @@
+"""JSON lines that a killed process may leave at any moment: read them, go on writing them.
+
+A row is written with one flush; what a kill cuts in the middle is the last line, and is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from codellama.artifact import write_file
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The whole rows of a file; none where there is no file.
+
+    Raises:
+        ValueError: a line is no JSON object; names it.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: expected a JSON object")
+        rows.append(row)
+    return rows
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[Row], None]]:
+    """Yield a function that appends a row, behind the last whole line of the file."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+        def append(row: Row) -> None:
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+
+        yield append
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write a whole file at once."""
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))

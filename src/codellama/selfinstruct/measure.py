@@ -1,0 +1,59 @@
+"""Measuring a checkpoint on the held-out problems, and on what it refuses.
+
+In: held_out.jsonl of a run, a checkpoint. Out: samples and results in the evaluation's formats, so
+that `codellama compare` says whether two checkpoints differ by more than chance.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from codellama.artifact import write_file
+from codellama.eval.samples import read_samples
+from codellama.eval.sampling import Decoding, fingerprint, sample
+from codellama.eval.scoring import score
+from codellama.eval.task import Setting, Task
+from codellama.eval.tasks import make_task
+from codellama.selfinstruct.solutions import HeldOut
+from codellama.selfinstruct.steps import Run, teller
+
+
+def measure(
+    run: Run, checkpoint: Path, generator: Any, chat: bool, n: int = 20, name: str | None = None
+) -> list[dict[str, Any]]:
+    """pass@k of the held-out problems with intervals, and refusals of XSTest where it is there.
+
+    Args:
+        chat: ask in the chat format; otherwise code to continue.
+        n: samples a problem; 20 give pass@10 with less noise than 10.
+        name: of the folder below `measured`; by default the checkpoint's, and the format.
+
+    Raises:
+        ValueError: there are no held-out problems, or samples were made with other settings.
+    """
+    problems = run.rows("held_out")
+    if not problems:
+        raise ValueError(f"{run.path('held_out')}: no held-out problems; run the step verify first")
+    setting = Setting(chat=chat)
+    tasks: list[tuple[Task, int]] = [(HeldOut(problems, setting, run.settings.timeout_s), n)]
+    try:
+        (xstest := make_task("xstest", setting)).problems()
+        tasks.append((xstest, 1))
+    except (ValueError, OSError) as error:
+        run.say(f"xstest: left out: {error}")
+    model = {"name": checkpoint.name, "sha256": fingerprint(checkpoint), "chat": chat}
+    folder = run.folder / "measured" / (name or f"{checkpoint.name}-{'chat' if chat else 'code'}")
+    return [_measured(run, task, n, folder, generator, model) for task, n in tasks]
+
+
+def _measured(
+    run: Run, task: Task, n: int, folder: Path, generator: Any, model: dict[str, Any]
+) -> dict[str, Any]:
+    place = folder / task.name
+    path, decoding = place / "samples.jsonl", Decoding.of(task, n)
+    settings = sample(generator, task, path, decoding, model, None, teller(run, task.name))
+    result = score(task, read_samples(path, task)) | {"settings": settings}
+    write_file(place / "results.json", json.dumps(result, indent=1) + "\n")
+    return result

@@ -1,0 +1,166 @@
+"""Questions: those a model writes in batches, those of instruction sets, and which of all stay.
+
+A batch is asked for in the form of the paper's figure 10: ten examples stand as the beginning of
+the answer. They are drawn anew for each batch from a list of our own.
+
+In: answers of the model, mined problems, files of instructions. Out: questions, and rejects with
+their reasons.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from codellama.data.decontaminate import BlockList
+from codellama.data.near_dedup import representatives, signatures
+from codellama.eval.task import Prompt, fenced_code, random_for
+from codellama.recipe import NearDuplicates
+from codellama.recipe_selfinstruct import QuestionWriter
+from codellama.selfinstruct.asking import as_prompt, turns
+from codellama.selfinstruct.lines import Row
+from codellama.selfinstruct.python import parse
+from codellama.tokenizer.chat import TAGS, check_dialog
+
+N_EXAMPLES = 10  # paper, figure 10
+MIN_CHARS, MAX_CHARS = 20, 600
+SEEDS = """
+Given opening and closing times of several shops, find the longest time in which all are open.
+Convert a duration such as "1h 20m 5s" to seconds.
+Find all words of a text that appear exactly once, in order.
+Given a grid of heights, count the cells that are higher than all their neighbours.
+Merge two dictionaries of counts, adding the numbers of keys that are in both.
+Check whether a string is a valid identifier made of letters, digits and dashes.
+Split a list into runs of equal elements.
+Compute the day of the week for a date given as year, month and day.
+Given prices by day, find the largest gain from buying once and selling once later.
+Turn a camel case name into one with underscores.
+Count how many pairs of a list of integers add up to a given number.
+Rotate a square matrix by a quarter turn.
+Format a number of bytes with a suitable unit and one decimal.
+Given a list of (name, score) pairs, return the names of the three best.
+Decode a text in which runs are written as a count and a character.
+Compute the greatest common divisor of a list of numbers.
+Remove from a path all parts that are "." or "..".
+Flatten a dictionary of dictionaries, joining keys by dots.
+Find the shortest substring that contains every letter of another string.
+Evaluate an expression in reverse Polish notation given as a list of tokens.
+Given a list of edges, say whether two nodes are connected.
+Return the n-th row of the triangle of binomial coefficients.
+Group a list of words by their sorted letters.
+Simulate a queue in which every k-th person leaves, and return the last one.
+""".strip().splitlines()
+
+
+def batches(role: QuestionWriter) -> list[tuple[str, Prompt]]:
+    """A prompt for each batch."""
+    found = []
+    for batch in range(role.n):
+        seeds = random_for(role.seed, "seeds", batch).sample(SEEDS, N_EXAMPLES)
+        begun = "\n".join(f"{i}. {seed}" for i, seed in enumerate(seeds, start=1))
+        more = f"Go on with numbers {N_EXAMPLES + 1} to {role.per_batch}."
+        request = role.prompt.replace("{n}", str(role.per_batch))
+        found.append((f"batch/{batch}", as_prompt(role, request, begun, more)))
+    return found
+
+
+def read_batch(row: Row) -> Iterator[Row]:
+    """The numbered items of an answer; with a `reason` those that are no questions."""
+    items = re.split(r"^\s*\d{1,3}[.)]\s+", row["completion"], flags=re.M)[1:]
+    if not items:
+        yield {"id": row["task_id"], "reason": "no numbered items"}
+    for number, item in enumerate(items):
+        found: Row = {"id": f"{row['task_id']}/{number}", "source": "asked"}
+        found["question"] = " ".join(item.split())
+        if number == len(items) - 1 and row["finish_reason"] == "length":
+            found["reason"] = "cut off"
+        elif not MIN_CHARS <= len(found["question"]) <= MAX_CHARS:
+            found["reason"] = f"not {MIN_CHARS} to {MAX_CHARS} characters"
+        yield found
+
+
+def read_instructions(path: Path) -> Iterator[Row]:
+    """Dialogs of a file of JSON lines: `messages`, or Alpaca's instruction, input and output.
+
+    Raises:
+        ValueError: the file cannot be read, or a line has neither form; names it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: instructions cannot be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not (messages := row.get("messages")):
+                asked = "\n\n".join(t for t in (row["instruction"], row.get("input")) if t)
+                messages = turns(asked, row["output"])
+            found = {"id": f"{path.name}:{number}", "source": "imported", "messages": messages}
+            try:
+                check_dialog(messages, last="assistant")
+            except ValueError as error:
+                found["reason"] = str(error)
+            yield found
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}:{number}: expected messages, or instruction and output: {error!r}"
+            ) from None
+
+
+def as_question(dialog: Row) -> Row:
+    """The last question of a dialog, with the Python of its answer as a candidate solution."""
+    *_, asked, answer = dialog.pop("messages")
+    code = fenced_code(answer["content"])
+    is_function = (tree := parse(code)) is not None and "def " in code and bool(tree.body)
+    return dialog | {"question": asked["content"], "reference": code if is_function else None}
+
+
+def distinct(
+    rows: Iterable[Row], settings: NearDuplicates, block_list: BlockList | None
+) -> tuple[list[Row], list[Row]]:
+    """The rows that stay, in order, and the others with a reason.
+
+    Held-out problems come first, so that nothing that resembles one is trained on; among the
+    others the first stays.
+    """
+    kept: list[Row] = []
+    rejects: list[Row] = []
+    seen: set[str] = set()
+    for row in sorted(rows, key=lambda row: not row.get("held_out", False)):
+        text, code = text_of(row), row.get("reference") or ""
+        digests = {hashlib.sha256(" ".join(t.lower().split()).encode()).hexdigest()
+                   for t in (text, code) if t}  # fmt: skip
+        if "reason" in row:
+            pass
+        elif any(tag in text for tag in TAGS):
+            row["reason"] = "a tag of the chat format"
+        elif seen & digests:
+            row["reason"] = "duplicate"
+        elif block_list and (hits := block_list.find(f"{text}\n{code}", is_code=True).benchmarks):
+            row["reason"] = f"overlaps {hits[0]}"
+        seen |= digests
+        (rejects if "reason" in row else kept).append(row)
+    if not kept:
+        return [], rejects
+    stands = representatives(
+        signatures([text_of(row) for row in kept], settings),
+        np.array([not row.get("held_out", False) for row in kept], np.int64),
+        np.ones(len(kept), np.int64),  # of one length: the first stays
+        settings,
+    )
+    for place, row in enumerate(kept):
+        if stands[place] != place:
+            rejects.append(row | {"reason": f"like {kept[stands[place]]['id']}"})
+    return [row for place, row in enumerate(kept) if stands[place] == place], rejects
+
+
+def text_of(row: Row) -> str:
+    """What two rows are compared by."""
+    if "messages" in row:
+        return "\n".join(str(message.get("content")) for message in row["messages"])
+    return row.get("question", "")

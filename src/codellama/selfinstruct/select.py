@@ -1,0 +1,110 @@
+"""Selection: which solution of a problem is kept, and why problems have none.
+
+In: problems, samples with their verdicts, and the verdicts of the mutation check. Out: verified
+problems, and rejects with their reasons. Pure functions of rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from codellama.recipe_selfinstruct import SelfInstruct
+from codellama.selfinstruct.execute import Job
+from codellama.selfinstruct.lines import Row
+from codellama.selfinstruct.python import coverage_program, mutants, stubs
+
+REFERENCE = "reference"
+
+
+def solution_jobs(problem: Row, solutions: Sequence[str], each_test: bool) -> list[Job]:
+    """All tests of a problem on each solution; or each test by itself, for the consensus."""
+    jobs = []
+    for number, solution in enumerate(solutions):
+        key = f"{problem['id']}#{number}"
+        if each_test:
+            jobs += [Job(f"{key}/{i}", solution, t) for i, t in enumerate(problem["tests"])]
+        else:
+            jobs.append(Job(key, solution, "\n".join(problem["tests"])))
+    return jobs
+
+
+def passed_tests(problem: Row, n: int, runs: Mapping[str, Row]) -> list[frozenset[int]]:
+    """For each solution the tests that it passes, where they were run one by one."""
+    tests = range(len(problem["tests"]))
+    return [
+        frozenset(t for t in tests if runs[f"{problem['id']}#{i}/{t}"]["status"] == "passed")
+        for i in range(n)
+    ]
+
+
+def agreed(passed: Sequence[frozenset[int]], min_tests: int) -> tuple[int, frozenset[int]] | None:
+    """The first solution of the largest agreement, and its tests; None where nobody agrees.
+
+    Solutions that pass the same tests agree; an agreement counts solutions times tests.
+    Source: CodeT (arXiv 2207.10397), section 2.
+    """
+    groups = Counter(tests for tests in passed if len(tests) >= min_tests)
+    scored = [(n * len(tests), -passed.index(tests), tests) for tests, n in groups.items() if n > 1]
+    if not scored:
+        return None
+    _, first, tests = max(scored, key=lambda s: s[:2])
+    return -first, tests
+
+
+def check_jobs(problem: Row, n_mutants: int) -> list[Job]:
+    """Programs that the tests must not accept, and one that measures what they cover."""
+    tests, key = "\n".join(problem["tests"]), problem["id"]
+    jobs = [Job(f"{key}#stub{i}", s, tests) for i, s in enumerate(stubs(problem["name"]))]
+    changed = mutants(problem["solution"], n_mutants)
+    jobs += [Job(f"{key}#mutant{i}", program, tests) for i, program in enumerate(changed)]
+    program = coverage_program(problem["solution"], problem["tests"])
+    return [*jobs, Job(f"{key}#coverage", program, None)]
+
+
+def checked(problem: Row, jobs: Sequence[Job], runs: Mapping[str, Row]) -> Row:
+    """The problem with what the check found; with a `reason` where its tests are vacuous."""
+    n_killed = n_mutants = 0
+    row = dict(problem)
+    for job in jobs:
+        kind = job.key.rpartition("#")[2]
+        status = runs[job.key]["status"]
+        if kind == "coverage":
+            row["coverage"] = runs[job.key]["value"]
+        elif kind.startswith("stub") and status == "passed":
+            row["reason"] = "the tests accept a stub"
+        elif kind.startswith("mutant"):
+            n_mutants += 1
+            n_killed += status not in ("passed", "error")
+    row |= {"n_mutants": n_mutants, "n_killed": n_killed}
+    if not n_killed:
+        row.setdefault("reason", "the tests notice no mutant")
+    return row
+
+
+def chosen(
+    problem: Row, solutions: Sequence[str], runs: Mapping[str, Row], settings: SelfInstruct
+) -> Row:
+    """The problem with the solution to keep, or with a `reason` why there is none.
+
+    `pass_rate`, of the samples, says how difficult it is. The mined function stands in where the
+    recipe lets it.
+    """
+    n = len(solutions)
+    row, number = dict(problem), None
+    if settings.consensus:
+        passed = passed_tests(problem, n, runs)
+        row["n_passed"] = sum(len(tests) == len(problem["tests"]) for tests in passed)
+        if best := agreed(passed, settings.min_tests):
+            number = best[0]
+            row["tests"] = [problem["tests"][i] for i in sorted(best[1])]
+    else:
+        passes = [i for i in range(n) if runs[f"{problem['id']}#{i}"]["status"] == "passed"]
+        row["n_passed"] = len(passes)
+        number = passes[0] if passes else None  # the first (paper 2.5)
+    row |= {"n_samples": n, "pass_rate": row["n_passed"] / n if n else None}
+    if number is not None:
+        return row | {"solution": solutions[number], "by": number}
+    if problem.get("verified") and settings.references:
+        return row | {"solution": problem["reference"], "by": REFERENCE}
+    return row | {"reason": "no solution passed" if n else "no solution was asked for"}
