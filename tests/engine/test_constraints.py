@@ -122,7 +122,7 @@ CHANGES = [
     {"repetition_penalty": 1.3},
     {"presence_penalty": 0.7, "frequency_penalty": 0.4},
     {"frequency_penalty": -0.5, "repetition_penalty": 0.8},
-    {"logit_bias": ((9, 4.0), (300, -100.0), (9, 1.0))},
+    {"logit_bias": ((9, 5.0), (300, -100.0))},
     {"schema": json.dumps(SCHEMAS["points"][0])},
     {"schema": json.dumps(SCHEMAS["text"][0]), "repetition_penalty": 1.1},
     {},

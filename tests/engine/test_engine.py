@@ -222,6 +222,7 @@ def test_infill_stops_at_eot(engine, small_tokenizer):
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"logit_bias": ((5, 101.0),)}, "logit_bias of 5 = 101"),
         ({"logit_bias": (("a", 1.0),)}, "logit_bias of 'a'"),
+        ({"logit_bias": ((5, 1.0), (5, 2.0))}, "each token id once"),
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"schema": "[1]"}, "schema"),
         ({"schema": "{"}, "schema"),

@@ -71,6 +71,8 @@ class SamplingParams:
             value = getattr(self, name)
             if not _is_number(value) or not low <= value <= high:
                 raise ValueError(f"{name} = {value!r}: expected a number in [{low:g}, {high:g}]")
+        if len(dict(self.logit_bias)) < len(self.logit_bias):
+            raise ValueError("logit_bias: expected each token id once")
         for token, bias in self.logit_bias:
             if not _is_whole(token) or token < 0 or not _is_number(bias) or abs(bias) > MAX_BIAS:
                 raise ValueError(
