@@ -9,9 +9,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from shipped_server import shipped_server
 
-from codellama import Engine, SamplingParams
+from codellama import SamplingParams
 
 FILES = sorted(Path(__file__).parent.glob("requests/*.json"))
 REQUESTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FILES}
@@ -78,17 +77,6 @@ READERS = {
     "tabby": lambda reply: reply.json()["choices"][0]["text"],
     "zed": zed,
 }
-
-
-@pytest.fixture(scope="module")
-def server():
-    with shipped_server() as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return Engine()
 
 
 def replay(server, name, **changes):

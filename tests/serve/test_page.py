@@ -7,12 +7,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from shipped_server import shipped_server
 
 from codellama.tokenizer import Tokenizer
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
+expect.set_options(timeout=30_000)
 CHROMIUM = Path("/usr/bin/chromium")
 PRETRAINED = Path(__file__).parents[2] / "src" / "codellama" / "pretrained"
 
@@ -48,12 +48,6 @@ def browser():
         browser = runner.chromium.launch(executable_path=CHROMIUM, args=flags)
         yield browser
         browser.close()
-
-
-@pytest.fixture(scope="module")
-def server():
-    with shipped_server() as url:
-        yield url
 
 
 @pytest.fixture
