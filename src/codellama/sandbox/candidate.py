@@ -23,10 +23,21 @@ def serve(source: bytes) -> int:
     code = programs.run_code(source, "candidate.py", module)
     if code is not None:  # it raised, or ended itself, before there was anything to judge
         return programs.finish(code)
-    link = Link(programs.link_socket(), _Server(module).answer, _Callback, lambda _: True)
-    _Server.link = _Callback.link = link
+    operations = {
+        "names": lambda names: [_describe(module.__dict__, name) for name in names],
+        "call": _call,
+        "special": lambda value, name, arguments: getattr(type(value), name)(value, *arguments),
+        "get": getattr,
+        "set": setattr,
+        "isinstance": isinstance,
+    }
+
+    def answer(op: str, *arguments: Any) -> Any:
+        return operations[op](*arguments)
+
+    _Callback.link = Link(programs.link_socket(), answer, _Callback, lambda _: True)
     with contextlib.suppress(LineError):
-        link.serve_forever()
+        _Callback.link.serve_forever()
     return programs.finish(0)
 
 
@@ -49,56 +60,32 @@ class _Callback:
         return self.link.ask("next", self)
 
 
-class _Server:
-    """What the judge may ask for."""
+def _describe(names: dict[str, Any], name: str) -> Any:
+    """What a name is: absent, plain data, from a module, an exception class, an object."""
+    if name not in names:
+        return None
+    value = names[name]
+    if isinstance(value, ModuleType):
+        return ("module", value.__name__)
+    home = sys.modules.get(getattr(value, "__module__", None) or "")
+    qualified = getattr(value, "__name__", None) or getattr(value, "_name", None)
+    is_elsewhere = home is not sys.modules["candidate"]
+    if home and is_elsewhere and getattr(home, str(qualified), None) is value:
+        return ("from", home.__name__, qualified, value)
+    if isinstance(value, type) and issubclass(value, BaseException):
+        known = next(k for k in value.__mro__ if k.__module__ == "builtins")
+        return ("exception", known.__name__, value)
+    return ("value", isinstance(value, type), value)
 
-    link: Link
 
-    def __init__(self, module: ModuleType) -> None:
-        self._names = module.__dict__
+def _call(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The result, and what became of arguments that the call changed in place."""
+    before = {i: a for i, a in enumerate(arguments) if type(a) in _MUTABLE}
+    coded = {i: _coded(a) for i, a in before.items()}
+    result = function(*arguments, **named)
+    changed = {i: a for i, a in before.items() if _coded(a) != coded[i]}
+    return result, changed
 
-    def answer(self, op: str, *arguments: Any) -> Any:
-        return getattr(self, f"do_{op}")(*arguments)
 
-    def do_names(self, names: list[str]) -> list[Any]:
-        """What each name is: absent, plain data, from a module, an exception class, an object."""
-        return [self._describe(name) for name in names]
-
-    def _describe(self, name: str) -> Any:
-        if name not in self._names:
-            return None
-        value = self._names[name]
-        if isinstance(value, ModuleType):
-            return ("module", value.__name__)
-        home = sys.modules.get(getattr(value, "__module__", None) or "")
-        qualified = getattr(value, "__name__", None) or getattr(value, "_name", None)
-        is_elsewhere = home is not sys.modules["candidate"]
-        if home and is_elsewhere and getattr(home, str(qualified), None) is value:
-            return ("from", home.__name__, qualified, value)
-        if isinstance(value, type) and issubclass(value, BaseException):
-            known = next(k for k in value.__mro__ if k.__module__ == "builtins")
-            return ("exception", known.__name__, value)
-        return ("value", isinstance(value, type), value)
-
-    def do_call(self, function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """The result, and what became of arguments that the call changed in place."""
-        before = {i: a for i, a in enumerate(arguments) if type(a) in _MUTABLE}
-        coded = {i: self._coded(a) for i, a in before.items()}
-        result = function(*arguments, **named)
-        changed = {i: a for i, a in before.items() if self._coded(a) != coded[i]}
-        return result, changed
-
-    def _coded(self, value: Any) -> bytes:
-        return codec.encode(value, self.link._refer)
-
-    def do_get(self, value: Any, name: str) -> Any:
-        return getattr(value, name)
-
-    def do_set(self, value: Any, name: str, item: Any) -> None:
-        setattr(value, name, item)
-
-    def do_special(self, value: Any, name: str, arguments: tuple[Any, ...]) -> Any:
-        return getattr(type(value), name)(value, *arguments)
-
-    def do_isinstance(self, value: Any, kind: Any) -> bool:
-        return isinstance(value, kind)
+def _coded(value: Any) -> bytes:
+    return codec.encode(value, _Callback.link._refer)

@@ -63,13 +63,6 @@ class Link:
             _, content = self._receive()
             self._answer(content)
 
-    def own(self, number: Any) -> Any:
-        """The object of ours that a number in a request stands for."""
-        try:
-            return self._own[number]
-        except (KeyError, TypeError):
-            raise LineError("a number that stands for nothing") from None
-
     def _answer(self, request: Any) -> None:
         self._n_nested += 1
         if self._n_nested > _MAX_NESTED or type(request) is not tuple or not request:
@@ -133,7 +126,9 @@ class Link:
 
     def _resolve(self, side: bytes, number: int) -> Any:
         if side == b"y":  # of theirs: mine
-            return self.own(number)
+            if number not in self._own:
+                raise LineError("a number that stands for nothing")
+            return self._own[number]
         if number not in self._theirs:
             if len(self._theirs) >= _MAX_OBJECTS:
                 raise codec.CodecError("too many objects")

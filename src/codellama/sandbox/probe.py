@@ -64,6 +64,7 @@ unshare -U true && echo "make namespaces"
 [ -n "${variable}" ] && echo "read the host's environment"
 echo done
 """
+_LIMITS = Limits(timeout_s=10, memory_bytes=64 << 20)
 _MEMORY = "held = bytearray(256 << 20)\nheld[::4096] = b'x' * len(held[::4096])\nprint('through')"
 
 
@@ -82,34 +83,29 @@ def check(worker: Worker, kind: str) -> None:
         os.environ[variable] = "x"
         try:
             values = {"canary": canary.name, "port": server.getsockname()[1], "variable": variable}
-            limits = Limits(timeout_s=10, memory_bytes=64 << 20)
-            if kind == "candidate":
-                _check_python(worker, values, limits)
-            else:
-                _check_shell(worker, values, limits)
+            through = (_python if kind == "candidate" else _shell)(worker, values)
         finally:
             del os.environ[variable]
-
-
-def _check_python(worker: Worker, values: dict, limits: Limits) -> None:
-    language = LANGUAGES["python"]
-    outcome = worker.run(_ATTACKS.format(**values), "", language, [], limits)
-    if outcome.status != "passed":
-        raise NoIsolationError(f"the sandbox's probe did not run: {outcome.message}")
-    through = json.loads(outcome.stdout)
-    if worker.run(_MEMORY, "", language, [], limits).status != "memory":
-        through.append("exceed the memory limit")
     if through:
         raise NoIsolationError(f"the sandbox does not hold; a program could: {', '.join(through)}")
 
 
-def _check_shell(worker: Worker, values: dict, limits: Limits) -> None:
+def _python(worker: Worker, values: dict) -> list[str]:
+    """What got through."""
+    language = LANGUAGES["python"]
+    outcome = worker.run(_ATTACKS.format(**values), "", language, [], _LIMITS)
+    if outcome.status != "passed":
+        raise NoIsolationError(f"the sandbox's probe did not run: {outcome.message}")
+    through = json.loads(outcome.stdout)
+    if worker.run(_MEMORY, "", language, [], _LIMITS).status != "memory":
+        through.append("exceed the memory limit")
+    return through
+
+
+def _shell(worker: Worker, values: dict) -> list[str]:
     bash = LANGUAGES["bash"]
     commands, missing = commands_of(bash)
     if missing:
         raise NoIsolationError("the sandbox's probe for other languages needs bash")
-    script = _SHELL_ATTACKS.format(**values)
-    outcome = worker.run(script, "", bash, commands, limits)
-    if outcome.stdout != "done\n":
-        through = ", ".join(outcome.stdout.splitlines()) or outcome.message
-        raise NoIsolationError(f"the sandbox does not hold; a program could: {through}")
+    outcome = worker.run(_SHELL_ATTACKS.format(**values), "", bash, commands, _LIMITS)
+    return [] if outcome.stdout == "done\n" else outcome.stdout.splitlines() or [outcome.message]

@@ -24,22 +24,18 @@ _PRELOADED = (
     "atexit bisect collections copy datetime decimal fractions functools heapq itertools json math "
     "operator random re string threading traceback types typing unittest"
 )
-_own_size_bytes = 0
+own_size_bytes = 0
+"""Address space of the interpreter itself, which a program's limit comes on top of."""
 
 
 def preload(packages: list[str]) -> None:
     """Import what runs share, and note how much address space the interpreter takes."""
-    global _own_size_bytes
+    global own_size_bytes
     sys.path += packages
     for name in (*_PRELOADED.split(), "codellama.sandbox.candidate", "codellama.sandbox.judging"):
         import_module(name)
     with open("/proc/self/statm", encoding="ascii") as file:
-        _own_size_bytes = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + (16 << 20)
-
-
-def own_size_bytes() -> int:
-    """Address space of the interpreter itself, which a program's limit comes on top of."""
-    return _own_size_bytes
+        own_size_bytes = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + (16 << 20)
 
 
 def start(step: dict[str, Any]) -> int:

@@ -255,7 +255,7 @@ def _limit(request: dict[str, Any], step: dict[str, Any]) -> None:
         resource.RLIMIT_MSGQUEUE: 0,
     }
     if step["address_space"]:
-        with_interpreter = 0 if step.get("argv") else programs.own_size_bytes()
+        with_interpreter = 0 if step.get("argv") else programs.own_size_bytes
         limits[resource.RLIMIT_AS] = request["memory_bytes"] + with_interpreter
     else:
         limits[resource.RLIMIT_DATA] = _SPARE * request["memory_bytes"]
