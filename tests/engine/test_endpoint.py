@@ -1,14 +1,18 @@
 """The Endpoint over real connections: equal to the engine behind, whatever fails on the way."""
 
 import asyncio
+import json
 import threading
 import time
 
 import pytest
 from faulty_server import running
 
+from codellama.cli import run_command
 from codellama.engine import Engine, SamplingParams
 from codellama.engine.endpoint import Endpoint
+from codellama.eval import sampling
+from codellama.eval.task import Problem, Prompt, Task
 
 PROMPTS = ["def add(a, b):\n    return", "import os", "x", "for i in range(10):\n    print(i", "é"]
 GAPS = [("def f(x):\n    ", "\n    return y\n"), ("", "\n\nprint(1)\n")]
@@ -127,7 +131,9 @@ def test_nobody_there(engine, servers):
     same(both.complete(PROMPTS), engine.complete(PROMPTS))
     alone = Endpoint(gone.url)
     asyncio.run(alone.check())
-    assert alone.failure
+    assert gone.url in alone.failure
+    with pytest.raises(ConnectionError, match=gone.url):
+        _ = alone.model
 
 
 def test_busy_servers_get_less_and_none_too_much(engine, servers):
@@ -161,3 +167,42 @@ def test_cancelling_ends_what_runs(engine, endpoint, servers):
         time.sleep(0.05)
     engine._batcher.wait_until_idle()
     assert engine._scheduler.pool.n_used == 0
+
+
+class Lines(Task):
+    """Continues the prompts."""
+
+    name = "lines"
+
+    def load(self):
+        return [Problem(str(i), {"text": text}) for i, text in enumerate(PROMPTS)]
+
+    def prompt(self, problem):
+        return Prompt(problem.row["text"], max_tokens=8)
+
+
+def test_an_evaluation_goes_on_where_the_servers_failed(engine, servers, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "CHUNK", 2)
+    decoding = sampling.Decoding(2, 0.8, seed=1)
+    sampling.sample(engine, Lines(), tmp_path / "engine.jsonl", decoding, {})
+    servers[0].faults = [None] * 5 + [500]
+    endpoint = Endpoint(servers[0].url, tokenizer=engine.tokenizer, n_attempts=1)
+    path = tmp_path / "endpoint.jsonl"
+    with pytest.raises(ConnectionError, match="HTTP 500: no, because 500"):
+        sampling.sample(endpoint, Lines(), path, decoding, {})
+    assert len(path.read_text().splitlines()) == 4
+    sampling.sample(endpoint, Lines(), path, decoding, {})
+    assert path.read_bytes() == (tmp_path / "engine.jsonl").read_bytes()
+
+
+def test_eval_of_an_address(engine, servers, shared_data, tmp_path, capsys):
+    engine.tokenizer.save(tmp_path)
+    command = ["eval", f"{servers[0].url},{servers[1].url}/v1", "--task", "lcc", "--limit=2"]
+    command += ["--data", str(shared_data), "--out", str(tmp_path / "out"), "--json", "--no-chat"]
+    assert run_command([*command, "--tokenizer", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["n_samples"] == 2
+    assert isinstance(servers[0].bodies[0]["prompt"], list)
+    assert sum(len(server.bodies) for server in servers) == 2
+    settings = (tmp_path / "out" / "lcc" / "samples.settings.json").read_text()
+    assert json.loads(settings)["model"] == {"name": "m", "is_instruct": True, "chat": False}
+    assert run_command(["eval", "--task", "humaneval", "--name", "m"]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from codellama.commands.options import Device, Dtype, Json, Precision, check_dev
 from codellama.commands.sandbox import EXIT_REFUSED
 
 if TYPE_CHECKING:
+    from codellama.engine.endpoint import Endpoint
     from codellama.eval.tasks import Setting
 
 PROGRESS_S = 10.0  # between two lines
@@ -39,7 +41,11 @@ JudgeModel = Annotated[str, typer.Option(help="The judge's model name.")]
 
 def evaluate(
     model: Annotated[
-        str | None, typer.Argument(help="A model in any format; the shipped one by default.")
+        str | None,
+        typer.Argument(
+            help="A model in any format, the shipped one by default; or http addresses of "
+            "OpenAI-compatible servers, with commas between."
+        ),
     ] = None,
     tasks: Tasks = None,
     suite: Annotated[str | None, typer.Option(help="paper: all that the paper measures.")] = None,
@@ -71,6 +77,13 @@ def evaluate(
     lengths: Annotated[
         str, typer.Option(help="Prompt lengths of key retrieval, in tokens.")
     ] = "8000,16000,24000",
+    name: Annotated[
+        str | None, typer.Option(help="Of the model to ask a server for; its first by default.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="Of a server's model: prompts are then sent as ids."),
+    ] = None,
     as_json: Json = False,
     device: Device = "cpu",
     dtype: Dtype = Precision.BFLOAT16,
@@ -90,24 +103,30 @@ def evaluate(
     if check:
         _check([run.task for run in wanted], data, workers, as_json=False)
     check_device(device)
-    from codellama.engine import Engine
-    from codellama.engine.engine import SHIPPED_MODEL
+    if model is not None and model.startswith(("http://", "https://")):
+        generator = _endpoint(model, name, tokenizer)
+        chats = generator.tokenizer is not None and generator.tokenizer.chat_format is not None
+        facts: dict[str, Any] = {"name": generator.model, "is_instruct": chats}
+    elif name or tokenizer:
+        raise typer.BadParameter("--name and --tokenizer are for the address of a server")
+    else:
+        from codellama.engine.engine import SHIPPED_MODEL, Engine
 
-    facts = _facts(model or str(SHIPPED_MODEL))
-    engine = Engine(model, device=device, dtype=dtype.value)
+        facts = _facts(model or str(SHIPPED_MODEL)) | {"dtype": dtype.value}
+        generator = Engine(model, device=device, dtype=dtype.value)
     is_chat = facts["is_instruct"] if chat is None else chat
-    if is_chat and engine.tokenizer.chat_format is None:
+    if is_chat and generator.tokenizer and generator.tokenizer.chat_format is None:
         raise typer.BadParameter("this model has no chat format", param_hint="--chat")
     try:
         counts = tuple(int(word) for word in lengths.split(","))
     except ValueError:
         raise typer.BadParameter(f"{lengths!r}: expected numbers with commas") from None
-    setting = harness.with_tokenizer(_setting(data, is_chat, judge, judge_model, counts), engine)
+    setting = harness.with_tokenizer(_setting(data, is_chat, judge, judge_model, counts), generator)
     folder = out or Path("evals") / Path(facts["name"]).name
     options = harness.Options(limit, workers, evalplus)
-    facts |= {"dtype": dtype.value, "chat": is_chat}
+    facts["chat"] = is_chat
     with _refusal():
-        results = harness.evaluate(engine, wanted, folder, facts, setting, options, _progress())
+        results = harness.evaluate(generator, wanted, folder, facts, setting, options, _progress())
     _print_results(results, as_json)
     terminal.say(f"report: {folder / 'report.html'}")
 
@@ -239,6 +258,15 @@ def _setting(
     from codellama.eval.tasks import Setting
 
     return Setting(data, chat, lengths=lengths, judges=judges_for(judge, judge_model))
+
+
+def _endpoint(urls: str, name: str | None, tokenizer: Path | None) -> Endpoint:
+    """The servers at some addresses; their key, where they want one, is $OPENAI_API_KEY."""
+    from codellama.engine.endpoint import Endpoint
+    from codellama.tokenizer import Tokenizer
+
+    known = None if tokenizer is None else Tokenizer.load(tokenizer)
+    return Endpoint(urls.split(","), name, os.environ.get("OPENAI_API_KEY"), known)
 
 
 def _facts(model: str) -> dict[str, Any]:

@@ -185,6 +185,20 @@ class Endpoint:
         return {upstream.url: upstream.problem for upstream in self._upstreams}
 
     @property
+    def model(self) -> str:
+        """The name that is asked for.
+
+        Raises:
+            ConnectionError: no server says one.
+        """
+        if not any(upstream.model for upstream in self._upstreams):
+            self._wait(self.check())
+        name = next((upstream.model for upstream in self._upstreams if upstream.model), None)
+        if name is None:
+            raise ConnectionError(self.failure)
+        return name
+
+    @property
     def max_context(self) -> int:
         """The shortest context of all servers that tell; asks them the first time."""
         if all(upstream.max_context is None for upstream in self._upstreams):
@@ -194,8 +208,9 @@ class Endpoint:
     @property
     def failure(self) -> str | None:
         """What was wrong with each server's last answer, where that is so of all."""
-        problems = [upstream.problem for upstream in self._upstreams]
-        return None if None in problems else "; ".join(map(str, problems))
+        if any(upstream.problem is None for upstream in self._upstreams):
+            return None
+        return "; ".join(f"{upstream.url}: {upstream.problem}" for upstream in self._upstreams)
 
     def _asks(
         self,
