@@ -22,9 +22,8 @@ import subprocess
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from email.message import Message
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -90,12 +89,12 @@ def _zip(file: BinaryIO, _name: str, wanted: Wanted, max_bytes: int) -> Iterator
     archive = zipfile.ZipFile(file)
     size = file.seek(0, os.SEEK_END)
     members = sorted(archive.infolist(), key=lambda info: info.filename)
-    evidence = _Evidence()
+    evidence: list[tuple[str, bytes]] = []
     for info in members:
-        if evidence.is_about(info.filename) and info.file_size <= LICENCE_BYTES:
+        if _is_evidence(info.filename) and info.file_size <= LICENCE_BYTES:
             with archive.open(info) as member:
-                evidence.add(info.filename, member.read(LICENCE_BYTES))
-    licence, n_bytes = evidence.licence(), 0
+                evidence.append((info.filename, member.read(LICENCE_BYTES)))
+    licence, n_bytes = _licence(evidence), 0
     for info in members:
         if info.is_dir() or not wanted(info.filename):
             continue
@@ -116,26 +115,25 @@ def _zip(file: BinaryIO, _name: str, wanted: Wanted, max_bytes: int) -> Iterator
 
 def _tar(file: BinaryIO, name: str, wanted: Wanted, max_bytes: int) -> Iterator[RawDocument]:
     # Read twice: the licence may stand behind the files that it is for.
-    evidence = _Evidence()
+    evidence: list[tuple[str, bytes]] = []
     with contextlib.suppress(*Damage):  # said when it is met again
-        for member, content in _members(file, name, evidence.is_about, LICENCE_BYTES):
-            evidence.add(member.name, content)
+        evidence.extend(_members(file, name, _is_evidence, LICENCE_BYTES))
     file.seek(0)
-    licence = evidence.licence()
-    for member, content in _members(file, name, wanted, max_bytes):
-        yield RawDocument(member.name, content, licence=licence)
+    licence = _licence(evidence)
+    for path, content in _members(file, name, wanted, max_bytes):
+        yield RawDocument(path, content, licence=licence)
 
 
 def _members(
     file: BinaryIO, name: str, wanted: Wanted, max_bytes: int
-) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Regular wanted members, in their order; links and devices are passed over."""
+) -> Iterator[tuple[str, bytes]]:
+    """Paths and contents of the wanted files, in their order; links and devices are left out."""
     stream = Limited(unpacked(file, name), file)
     with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r|") as archive:
         for member in archive:
             if member.isreg() and wanted(member.name):
                 content = archive.extractfile(member)
-                yield member, content.read(max_bytes + 1) if content else b""
+                yield member.name, content.read(max_bytes + 1) if content else b""
             cast(Any, archive).members = []  # it would keep all of them
     while stream.read(1 << 20):  # a checksum stands at the end
         pass
@@ -143,28 +141,23 @@ def _members(
         raise tarfile.ReadError("ends without the mark of its end")
 
 
-class _Evidence:
-    """What an archive says about its licence: licence files and a project's metadata at the top."""
+def _is_evidence(path: str) -> bool:
+    """Whether a member may say what licence an archive is under: at its top, or of a wheel."""
+    folder, _, name = path.removeprefix("./").rpartition("/")
+    if ".dist-info" in folder:  # also METADATA and licenses/ of a wheel
+        return name in PROJECT_FILES or bool(LICENCE_FILE.fullmatch(name))
+    return "/" not in folder and (name == "PKG-INFO" or bool(LICENCE_FILE.fullmatch(name)))
 
-    def __init__(self) -> None:
-        self._headers: Message = email.message_from_string("")
-        self._texts: list[str] = []
 
-    def is_about(self, path: str) -> bool:
-        folder, _, name = path.removeprefix("./").rpartition("/")
-        if ".dist-info" in folder:  # also METADATA and licenses/ of a wheel
-            return name in PROJECT_FILES or bool(LICENCE_FILE.fullmatch(name))
-        at_top = folder.count("/") == 0
-        return at_top and (name == "PKG-INFO" or bool(LICENCE_FILE.fullmatch(name)))
-
-    def add(self, path: str, content: bytes) -> None:
+def _licence(evidence: Iterable[tuple[str, bytes]]) -> str:
+    """The licence that metadata and licence files of an archive declare."""
+    headers, texts = email.message_from_string(""), []
+    for path, content in evidence:
         if path.endswith(PROJECT_FILES):
-            self._headers = email.message_from_bytes(content)
+            headers = email.message_from_bytes(content)
         else:
-            self._texts.append(content.decode("utf-8", "replace"))
-
-    def licence(self) -> str:
-        return licence_of_metadata(self._headers, self._texts)
+            texts.append(content.decode("utf-8", "replace"))
+    return licence_of_metadata(headers, texts)
 
 
 class Limited(io.RawIOBase):

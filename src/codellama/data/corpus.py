@@ -117,7 +117,8 @@ def verify_shard(folder: Path, shard: dict[str, Any]) -> None:
 class CorpusReader:
     """The documents of one split by index; row groups are decoded when asked for and then kept.
 
-    Reading in order decodes everything once. Not safe for use by several threads at a time.
+    Reading in order decodes everything once. Not safe for use by several threads at a time. An
+    index outside [0, len) raises IndexError.
 
     Raises:
         ValueError: not a corpus folder, no such split, or a shard is missing or damaged.
@@ -160,19 +161,11 @@ class CorpusReader:
         return (self.text(index) for index in range(len(self)))
 
     def text(self, index: int) -> str:
-        """The text of a document.
-
-        Raises:
-            IndexError: index outside [0, len).
-        """
+        """The text of a document."""
         return self._value(index, "text")
 
     def sha256(self, index: int) -> str:
-        """Hexadecimal SHA-256 of a document's text as UTF-8.
-
-        Raises:
-            IndexError: index outside [0, len).
-        """
+        """Hexadecimal SHA-256 of a document's text as UTF-8."""
         return self._value(index, "sha256")
 
     def column(self, name: str) -> list[Any]:
@@ -189,11 +182,7 @@ class CorpusReader:
         return values
 
     def row(self, index: int) -> dict[str, Any]:
-        """All columns of a document.
-
-        Raises:
-            IndexError: index outside [0, len).
-        """
+        """All columns of a document."""
         group = self._group_of(index)
         file, row_group = self._groups[group]
         table = file.read_row_group(row_group)

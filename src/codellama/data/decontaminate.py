@@ -15,8 +15,9 @@ import builtins
 import json
 import keyword
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +69,8 @@ class BlockList:
     """All passages of the benchmarks, ready to be looked for."""
 
     def __init__(self, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
-        self._views = [_View(name, arrays) for name in ("words", "code")]
+        self._words = _View("words", arrays, facts["ngram"], facts["names"])
+        self._code = _View("code", arrays, facts["code_ngram"], facts["code_names"])
         self._ids = {word.encode(): n for n, word in enumerate(facts["vocabulary"], start=1)}
         self._facts = facts
         self.benchmarks: dict[str, dict[str, int]] = facts["benchmarks"]
@@ -76,34 +78,24 @@ class BlockList:
 
     def find(self, text: str, is_code: bool) -> Hits:
         """The benchmarks that a text holds passages of."""
-        settings, found = self._facts, Hits((), [])
-        names: set[str] = set()
-        content = text.encode("utf-8", "replace")
-        ids = self._ids
+        coverage, content, ids = self._facts["coverage"], text.encode("utf-8", "replace"), self._ids
         words = np.array([ids.get(w, 0) for w in content.translate(_LOWER).split()], np.int64)
-        grams, at = _word_grams(words, settings["ngram"])
-        hits = self._views[0].hits(grams, at, settings["coverage"])
-        if hits:
-            bounds = [match.span() for match in _WORD.finditer(content)]
-            found.spans.extend(
-                (bounds[i][0], bounds[i + settings["ngram"] - 1][1]) for _, i in hits
-            )
-            names.update(settings["names"][passage] for passage in {p for p, _ in hits})
+        hits = self._words.hits(*_word_grams(words, self._words.n), coverage)
+        names, spans = self._words.located(hits, _WORD.finditer(content) if hits else ())
         if is_code:
-            tokens = code_tokens(text)
-            grams, at = _code_grams(tokens, settings["code_ngram"], self._views[1])
-            hits = self._views[1].hits(grams, at, settings["coverage"])
-            if hits:
-                ends = [(m.start(), m.end()) for m in _TOKEN.finditer(_without_comments(text))]
-                for passage, i in hits:
-                    begin, end = ends[i][0], ends[i + settings["code_ngram"] - 1][1]
-                    found.spans.append((len(text[:begin].encode()), len(text[:end].encode())))
-                    names.add(settings["code_names"][passage])
-        return Hits(tuple(sorted(names)), sorted(set(found.spans)))
+            hits = self._code.hits(
+                *_code_grams(code_tokens(text), self._code.n, self._code), coverage
+            )
+            tokens = _TOKEN.finditer(_without_comments(text)) if hits else ()
+            more, characters = self._code.located(hits, tokens)
+            names |= more
+            spans += [(len(text[:a].encode()), len(text[:b].encode())) for a, b in characters]
+        return Hits(tuple(sorted(names)), sorted(set(spans)))
 
     def save(self, path: Path) -> None:
         """Write a file that `load` reads; it holds nothing that could be executed."""
-        arrays = {f"{v.name}_{k}": getattr(v, k) for v in self._views for k in _View.FIELDS}
+        views = (self._words, self._code)
+        arrays = {f"{v.name}_{k}": getattr(v, k) for v in views for k in _View.FIELDS}
         facts = np.frombuffer(json.dumps(self._facts).encode(), np.uint8)
         with path.open("wb") as file:
             np.savez(file, facts=facts, **arrays)
@@ -122,8 +114,10 @@ class _View:
 
     FIELDS = ("grams", "passages", "sizes", "shapes")
 
-    def __init__(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, arrays: dict[str, np.ndarray], n: int, benchmarks: list[str]
+    ) -> None:
+        self.name, self.n, self._benchmarks = name, n, benchmarks  # of each passage
         self.grams = arrays[f"{name}_grams"]  # uint64, sorted
         self.passages = arrays[f"{name}_passages"]  # the passage of each
         self.sizes = arrays[f"{name}_sizes"]  # distinct n-grams of each passage
@@ -147,6 +141,14 @@ class _View:
             if len(found) >= coverage * self.sizes[passage]
             for place in found.values()
         ]
+
+    def located(
+        self, hits: list[tuple[int, int]], parts: Iterable[re.Match[Any]]
+    ) -> tuple[set[str], list[tuple[int, int]]]:
+        """The benchmarks of the hits, and where their n-grams stand; parts: words or tokens."""
+        bounds = [part.span() for part in parts]
+        spans = [(bounds[place][0], bounds[place + self.n - 1][1]) for _, place in hits]
+        return {self._benchmarks[passage] for passage, _ in hits}, spans
 
 
 def _filter(grams: np.ndarray) -> np.ndarray:
@@ -215,8 +217,6 @@ def code_tokens(text: str) -> CodeTokens:
 
 @lru_cache(maxsize=1 << 16)
 def _token_hash(token: str) -> int:
-    from hashlib import blake2b
-
     return int.from_bytes(blake2b(token.encode("utf-8", "replace"), digest_size=8).digest(), "big")
 
 
@@ -254,43 +254,39 @@ def build_block_list(settings: Benchmarks) -> BlockList:
         ValueError: a path does not exist or a file cannot be read.
     """
     vocabulary: dict[bytes, int] = {}
-    rows: dict[str, list[Any]] = {"words": [], "code": []}
-    shapes: list[np.ndarray] = []
+    grams: dict[str, list[np.ndarray]] = {"words": [], "code": []}  # of each passage
     names: dict[str, list[str]] = {"words": [], "code": []}
+    shapes = [np.zeros(0, np.uint64)]
     benchmarks: dict[str, dict[str, int]] = {}
     for file in benchmark_files(settings.paths):
         name = f"{file.parent.name}/{file.name}"
         count = benchmarks.setdefault(name, {"n_texts": 0, "n_passages": 0, "n_too_short": 0})
         for text in dict.fromkeys(benchmark_texts(file)):
+            words = list(_word_passages(text, settings.ngram, vocabulary))
+            code = list(_code_passages(text, settings.code_ngram))
+            grams["words"] += words
+            grams["code"] += [found for found, _ in code]
+            shapes += [beginnings for _, beginnings in code]
+            names["words"] += [name] * len(words)
+            names["code"] += [name] * len(code)
             count["n_texts"] += 1
-            before = len(rows["words"]) + len(rows["code"])
-            for grams in _word_passages(text, settings.ngram, vocabulary):
-                rows["words"].append(grams)
-                names["words"].append(name)
-            for grams, beginnings in _code_passages(text, settings.code_ngram):
-                rows["code"].append(grams)
-                shapes.append(beginnings)
-                names["code"].append(name)
-            n_passages = len(rows["words"]) + len(rows["code"]) - before
-            count["n_passages"] += n_passages
-            count["n_too_short"] += not n_passages
+            count["n_passages"] += len(words) + len(code)
+            count["n_too_short"] += not words and not code
     arrays: dict[str, np.ndarray] = {}
-    for view, grams in rows.items():
-        flat = np.concatenate([*grams, np.zeros(0, np.uint64)]).astype(np.uint64)
-        passages = np.repeat(np.arange(len(grams)), [len(g) for g in grams]).astype(np.int64)
+    for view, passages in grams.items():
+        flat = np.concatenate([*passages, np.zeros(0, np.uint64)]).astype(np.uint64)
+        sizes = np.array([len(passage) for passage in passages], np.int64)
         order = np.argsort(flat, kind="stable")
-        arrays |= {f"{view}_grams": flat[order], f"{view}_passages": passages[order]}
-        arrays[f"{view}_sizes"] = np.array([len(g) for g in grams], np.int64)
+        arrays[f"{view}_grams"], arrays[f"{view}_sizes"] = flat[order], sizes
+        arrays[f"{view}_passages"] = np.repeat(np.arange(len(sizes)), sizes)[order]
         arrays[f"{view}_shapes"] = np.zeros(0, np.uint64)
-    arrays["code_shapes"] = np.unique(np.concatenate([*shapes, np.zeros(0, np.uint64)]))
+    arrays["code_shapes"] = np.unique(np.concatenate(shapes))
     facts = {
         "vocabulary": [word.decode("utf-8", "replace") for word in vocabulary],
         "names": names["words"],
         "code_names": names["code"],
         "benchmarks": benchmarks,
-        "ngram": settings.ngram,
-        "code_ngram": settings.code_ngram,
-        "coverage": settings.coverage,
+        **settings.model_dump(include={"ngram", "code_ngram", "coverage"}),
     }
     return BlockList(arrays, facts)
 

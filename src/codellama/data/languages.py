@@ -67,11 +67,6 @@ def kind_of(language: str) -> Kind:
     return "code-text" if language in PROSE else "code"
 
 
-def is_known(name: str) -> bool:
-    """Whether some file can have this language."""
-    return name in _names()
-
-
 def _of_shebang(head: bytes) -> str | None:
     if not head.startswith(b"#!"):
         return None
@@ -104,8 +99,3 @@ def _table() -> dict[str, str]:
                 # The table is in the order of names; the plain language comes before dialects.
                 table.setdefault(key if key.startswith(".") else key.lower(), language)
     return table
-
-
-@lru_cache(maxsize=1)
-def _names() -> frozenset[str]:
-    return frozenset(_table().values()) | frozenset(_ENDINGS.values())

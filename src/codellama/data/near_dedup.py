@@ -144,9 +144,7 @@ def _candidates(
     distance = 1
     while len(begins):
         # Every place of every run that has another one `distance` behind it.
-        n_left = lengths - distance
-        starts = np.repeat(begins - np.r_[0, np.cumsum(n_left)[:-1]], n_left)
-        places = starts + np.arange(n_left.sum())
+        places = _places(begins, lengths - distance)
         left, right = order[places], order[places + distance]
         apart = (parent[left] != parent[right]) & (right >= n_kept)
         # A document that has gone to a kept one cannot go to another.
@@ -154,18 +152,17 @@ def _candidates(
         if apart.any():
             yield left[apart], right[apart]
         distance += 1
-        roots = parent[order]
-        whole = np.repeat(begins, lengths) + _within(lengths)
+        roots = parent[order][_places(begins, lengths)]
         at = np.r_[0, np.cumsum(lengths)[:-1]]
-        first = np.minimum.reduceat(roots[whole], at)
-        last = np.maximum.reduceat(roots[whole], at)
+        first, last = np.minimum.reduceat(roots, at), np.maximum.reduceat(roots, at)
         more = (lengths > distance) & (first != last)
         begins, lengths = begins[more], lengths[more]
 
 
-def _within(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, 2, ... for each of the lengths, one after another."""
-    return np.arange(lengths.sum()) - np.repeat(np.r_[0, np.cumsum(lengths)[:-1]], lengths)
+def _places(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Every place of runs, one run after another."""
+    starts = np.repeat(begins - np.r_[0, np.cumsum(lengths)[:-1]], lengths)
+    return starts + np.arange(lengths.sum())
 
 
 def _connect(parent: np.ndarray, a: int, b: int, n_kept: int) -> None:

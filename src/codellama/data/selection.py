@@ -101,38 +101,36 @@ class Selection:
 
     def counts(self) -> dict[str, Any]:
         """Documents and bytes by split, source, kind, language and licence; sizes of clusters."""
-        kept = self.split >= 0
-        n_bytes = self.table.column("n_bytes").to_numpy()
+        table = self.table.append_column("split", pa.array(self.split))
         names = [source.name for source in self.corpus.sources]
-        source = self.table.column("source").to_numpy()
+        kept = table.filter(pc.greater_equal(table.column("split"), 0))
 
-        def table(values: np.ndarray) -> dict[str, dict[str, int]]:
-            groups, inverse = np.unique(values[kept].astype(str), return_inverse=True)
-            n = np.bincount(inverse, minlength=len(groups))
-            size = np.bincount(inverse, n_bytes[kept], minlength=len(groups))
+        def by(column: str) -> dict[Any, dict[str, int]]:
+            found = kept.group_by(column).aggregate([("n_bytes", "count"), ("n_bytes", "sum")])
             return {
-                str(group): {"n_documents": int(n[i]), "n_bytes": int(size[i])}
-                for i, group in enumerate(groups)
+                row[column]: {"n_documents": row["n_bytes_count"], "n_bytes": row["n_bytes_sum"]}
+                for row in found.sort_by(column).to_pylist()
             }
 
-        by_source = table(np.array(names)[source])
+        none = {"n_documents": 0, "n_bytes": 0}
+        of_split, of_source = by("split"), by("source")
+        n_files = np.bincount(table.column("source").to_numpy(), minlength=len(names))
         repository = _strings(self.table, "repository")
         held = set(repository[self.split == VALIDATION])
         sizes = np.bincount(self.stands_for[self.stands_for >= 0], minlength=1)
-        redacted = Counter(pc.list_flatten(self.table.column("redacted").filter(kept)).to_pylist())
+        redacted = Counter(pc.list_flatten(kept.column("redacted")).to_pylist())
         return {
-            "n_documents": {n: int((self.split == i).sum()) for i, n in enumerate(SPLITS)},
-            "n_bytes": {n: int(n_bytes[self.split == i].sum()) for i, n in enumerate(SPLITS)},
+            "n_documents": {n: of_split.get(i, none)["n_documents"] for i, n in enumerate(SPLITS)},
+            "n_bytes": {n: of_split.get(i, none)["n_bytes"] for i, n in enumerate(SPLITS)},
             "held_out_by": "document" if held & set(repository[self.split == TRAIN]) else "package",
             "held_out": sorted(held),
             "sources": {
-                name: {"n_files": int((source == i).sum())}
-                | by_source.get(name, {"n_documents": 0, "n_bytes": 0})
+                name: {"n_files": int(n_files[i]), **of_source.get(i, none)}
                 for i, name in enumerate(names)
             },
-            "kinds": table(_strings(self.table, "kind")),
-            "languages": table(_strings(self.table, "language")),
-            "licences": table(_strings(self.table, "licence")),
+            "kinds": by("kind"),
+            "languages": by("language"),
+            "licences": by("licence"),
             "redacted": dict(sorted(redacted.items())),
             "cluster_sizes": {
                 str(size): int(n) for size, n in enumerate(np.bincount(sizes)) if size > 1 and n
