@@ -22,18 +22,9 @@ from codellama.eval.task import (
     fenced_code,
     graded,
 )
+from codellama.sandbox.languages import find_language
 
-# Of the data files: the name of the language in the sandbox.
-LANGUAGES = {
-    "cpp": "cpp",
-    "java": "java",
-    "php": "php",
-    "ts": "typescript",
-    "cs": "csharp",
-    "sh": "bash",
-    "js": "javascript",
-    "py": "python",
-}
+LANGUAGES = ("cpp", "java", "php", "ts", "cs", "sh", "js", "py")  # as the data files say
 INFILLING_FILE = "multipl-e-fim/single-line-infilling.jsonl.gz"
 TIMEOUT_S = 15.0  # MultiPL-E's
 _ASK = (
@@ -59,7 +50,7 @@ class MultiplE(Task):
         """The header in the language, or a question that holds it."""
         text = problem.row["prompt"]
         if self.setting.chat:
-            question = _ASK.format(language=LANGUAGES[self._language], prompt=text)
+            question = _ASK.format(language=find_language(self._language).name, prompt=text)
             return Prompt.question(question, max_tokens=1024)
         return Prompt(text, stop=tuple(problem.row["stop_tokens"]))
 
@@ -77,7 +68,7 @@ class MultiplE(Task):
         program = row["prompt"] + completion + "\n"
         if self._language == "py":
             return judge_python(program, row["tests"], TIMEOUT_S, patience)
-        return run_program(program + row["tests"], LANGUAGES[self._language], TIMEOUT_S, patience)
+        return run_program(program + row["tests"], self._language, TIMEOUT_S, patience)
 
     def reference_problems(self) -> list[Problem]:
         """Those with a known solution: in the infilling file, for Java, JavaScript and Python."""
@@ -114,7 +105,7 @@ class MultiplE(Task):
 
     def unavailable(self) -> str:
         """The missing compiler or interpreter."""
-        return missing_toolchain(LANGUAGES[self._language])
+        return missing_toolchain(self._language)
 
 
 class MultiplEInfilling(Task):
