@@ -14,8 +14,8 @@ from codellama import SamplingParams
 
 FILES = sorted(Path(__file__).parent.glob("requests/*.json"))
 REQUESTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FILES}
-TIMINGS = ("prompt_n", "prompt_ms", "prompt_per_second", "predicted_n", "predicted_ms")
 NEW_TOKENS = 64
+UNITS = ("n", "ms", "per_second")
 
 
 def streamed(reply, read):
@@ -40,7 +40,9 @@ def infill(reply):
     """llama.vim looks for the text before it parses, and formats the numbers."""
     body = reply.json()
     assert '"content": "' in reply.text
-    assert all(isinstance(body[f"timings/{name}"], int | float) for name in TIMINGS)
+    assert all(
+        body[f"timings/{of}_{unit}"] >= 0 for of in ("prompt", "predicted") for unit in UNITS
+    )
     assert body["tokens_cached"] > 0
     assert body["truncated"] is False
     return body["content"]
@@ -71,7 +73,7 @@ READERS = {
     "alternatives": alternatives,
     "infill": infill,
     "llamacpp_stream": lambda reply: streamed(reply, lambda e: (e["content"], e["stop"])),
-    "nothing": lambda reply: "" if reply.json() is not None else None,
+    "nothing": lambda reply: "",
     "ollama": ollama,
     "openai_stream": lambda reply: streamed(reply, choice),
     "tabby": lambda reply: reply.json()["choices"][0]["text"],
@@ -120,14 +122,3 @@ def test_a_warm_up_fills_the_cache(server):
         reply = httpx.post(server + "/infill", json=body, timeout=60).json()
         assert reply["tokens_evaluated"] > 500
         assert reply["timings"]["prompt_n"] < limit
-
-
-def test_what_clients_look_up_first(server):
-    """Continue looks for .Suffix and a context; Tabby says what users did with a text."""
-    shown = httpx.post(server + "/api/show", json={"name": "codellama"}).json()
-    assert ".Suffix" in shown["template"]
-    [model] = httpx.get(server + "/v1/models").json()["data"]
-    assert "codellama" in model["id"]  # Continue and Zed choose the markers by the name
-    assert model["max_model_len"] == 1024
-    event = {"type": "view", "completion_id": "cmpl-1", "choice_index": 0}
-    assert httpx.post(server + "/v1/events", json=event).is_success

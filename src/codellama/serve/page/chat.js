@@ -25,7 +25,7 @@ export function startChat(model, announce) {
       const payload = { model: model.id, messages: dialog, ...options };
       result = await generate("v1/chat/completions", payload, request.signal, (text) => {
         answer += text;
-        draw(body, answer);
+        keepEnd(() => body.replaceChildren(...rendered(answer)));
       });
       status.textContent = describe(result);
       showPrompt(find("chat-prompt"), model, result.promptIds);
@@ -35,7 +35,7 @@ export function startChat(model, announce) {
     }
     if (answer || result) {
       messages = [...dialog, { role: "assistant", content: answer }];
-      body.after(copyButton("Copy answer", () => answer));
+      keepEnd(() => body.after(copyButton("Copy answer", () => answer)));
     } else { // nothing came: the question can be mended and sent again
       article.previousSibling.remove();
       article.remove();
@@ -50,16 +50,17 @@ export function startChat(model, announce) {
     const article = document.createElement("article"), body = document.createElement("div");
     article.className = role;
     article.ariaLabel = role === "user" ? "You" : model.id;
-    draw(body, text);
+    body.append(...rendered(text));
     article.append(body);
     log.append(article);
     log.scrollTop = log.scrollHeight;
     return [article, body];
   }
 
-  function draw(body, text) {
+  /** Change the log; where its end was in view, it stays so. */
+  function keepEnd(change) {
     const follow = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
-    body.replaceChildren(...rendered(text));
+    change();
     if (follow) log.scrollTop = log.scrollHeight;
   }
 

@@ -57,7 +57,7 @@ export function startEditor(model, announce) {
     ask,
     onShow(value) {
       for (const id of ["accept", "reject", "previous", "next"]) find(id).disabled = !value;
-      find("which").textContent = value ? `${value.at + 1} of ${value.texts.length}` : "";
+      find("which").textContent = value ? `${value.at + 1}/${value.texts.length}` : "";
     },
     onDone: ({ texts, at }) =>
       announce(`Suggestion ${at + 1} of ${texts.length}: ${texts[at]}. Tab accepts, Escape rejects.`),
