@@ -22,15 +22,12 @@ class Detector(NamedTuple):
     placeholder: str
     words: tuple[str, ...]
     """One of them occurs in every text with a match."""
-    quick: re.Pattern[str] | None
-    """Matches in every text with a match, and is fast."""
-    pattern: re.Pattern[str]
+    pattern: str
     """What its group `secret` matches is replaced."""
-    is_secret: Callable[[str], bool]
-
-
-def _always(_: str) -> bool:
-    return True
+    is_secret: Callable[[str], bool] = bool
+    """Of what was matched; by default all of it is."""
+    quick: str = ""
+    """Matches in every text with a match, and is fast."""
 
 
 def _is_person(address: str) -> bool:
@@ -69,17 +66,6 @@ def _is_password(value: str) -> bool:
     )
 
 
-def _detector(
-    placeholder: str,
-    words: str,
-    pattern: str,
-    is_secret: Callable[[str], bool] = _always,
-    quick: str = "",
-) -> Detector:
-    first = re.compile(quick) if quick else None
-    return Detector(placeholder, tuple(words.split()), first, re.compile(pattern), is_secret)
-
-
 _TOKENS = (
     (r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}", "AKIA ASIA ABIA ACCA"),  # Amazon
     (r"gh[opusr]_[A-Za-z0-9]{36,}|github_pat_\w{60,}", "gho_ ghp_ ghu_ ghs_ ghr_ github_pat_"),
@@ -98,51 +84,56 @@ _TOKENS = (
     (r"eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}", "eyJ"),  # JSON web tokens
 )
 
+_PASSWORD_WORDS = ("passw", "PASSW", "Passw", "pwd", "secret", "SECRET", "token", "TOKEN")
+_PASSWORD_WORDS += ("api_key", "API_KEY", "apikey")
 _DETECTORS = (
-    _detector(
+    Detector(
         "<KEY>",
-        "-----BEGIN",
+        ("-----BEGIN",),
         r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?P<secret>[^-]{64,}?)-----END",
     ),
-    *(_detector("<KEY>", words, rf"(?<![\w-])(?P<secret>{p})(?!\w)") for p, words in _TOKENS),
-    _detector(
+    *(
+        Detector("<KEY>", tuple(words.split()), rf"(?<![\w-])(?P<secret>{p})(?!\w)")
+        for p, words in _TOKENS
+    ),
+    Detector(
         "<KEY>",
-        "aws_secret AWS_SECRET aws-secret SecretAccessKey secretAccessKey",
+        ("aws_secret", "AWS_SECRET", "aws-secret", "SecretAccessKey", "secretAccessKey"),
         r"(?i)aws.?secret\w{0,20}[\"']?\s{0,4}[:=]\s{0,4}[\"']?(?P<secret>[A-Za-z0-9/+]{40})\b"
         r"|SecretAccessKey[\"']?\s{0,4}[:=>]\s{0,4}[\"']?(?P<other>[A-Za-z0-9/+]{40})\b",
     ),
-    _detector(
+    Detector(
         "<PASSWORD>",
-        "passw PASSW Passw pwd secret SECRET api_key API_KEY apikey token TOKEN",
+        _PASSWORD_WORDS,
         r"(?i)(?:passw(?:or)?d|pwd|secret|api_?key|(?:auth|access)_?token)\w{0,10}[\"']?"
         r"\s{0,4}(?:=|:|=>)\s{0,4}[\"'](?P<secret>[^\"'\n]{8,80})[\"']",
         _is_password,
     ),
-    _detector(
+    Detector(
         "<PASSWORD>",
-        "://",
+        ("://",),
         r"[a-z][a-z+]{1,15}://[\w.-]{1,40}:(?P<secret>[^\s/@:\"'<>{}$%]{4,60})@",
         _is_password,
     ),
-    _detector(
+    Detector(
         "<EMAIL>",
-        "@",
+        ("@",),
         r"(?<![\w.+/@:-])(?P<secret>\w[\w.+-]{0,62}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61})\.){1,4}"
         r"[A-Za-z]{2,24})(?![\w@(/])",
         _is_person,
         r"@[A-Za-z0-9-]+\.[A-Za-z]",
     ),
-    _detector(
+    Detector(
         "<IP_ADDRESS>",
-        ".",
+        (".",),
         r"(?<![\w.+/-])(?<!v )(?<!ersion )(?P<secret>(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}"
         r"(?:25[0-5]|2[0-4]\d|1?\d?\d))(?![\w.-])",
         _is_public_address,
         r"\d\.\d{1,3}\.\d{1,3}\.\d",
     ),
-    _detector(
+    Detector(
         "<IP_ADDRESS>",
-        ":",
+        (":",),
         r"(?<![\w:.])(?P<secret>(?:[0-9A-Fa-f]{1,4}:){2,7}(?::?[0-9A-Fa-f]{1,4}){1,6})(?![\w:.])",
         _is_public_address,
         r":[0-9A-Fa-f]{1,4}:[0-9A-Fa-f]{0,4}:|[0-9A-Fa-f]::[0-9A-Fa-f]",
@@ -156,7 +147,7 @@ def redact(text: str) -> tuple[str, Counter[str]]:
     for detector in _DETECTORS:
         if not any(word in text for word in detector.words):
             continue
-        if detector.quick and not detector.quick.search(text):
+        if not re.search(detector.quick, text):
             continue
 
         def replaced(found: re.Match[str], detector: Detector = detector) -> str:
@@ -167,5 +158,5 @@ def redact(text: str) -> tuple[str, Counter[str]]:
             begin, end = (position - found.start() for position in found.span(name))
             return found[0][:begin] + detector.placeholder + found[0][end:]
 
-        text = detector.pattern.sub(replaced, text)
+        text = re.sub(detector.pattern, replaced, text)
     return text, counts
