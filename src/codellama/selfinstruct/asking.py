@@ -12,8 +12,8 @@ from typing import Any
 
 from codellama.eval.sampling import Decoding, sample
 from codellama.eval.task import Problem, Prompt, Task
-from codellama.recipe_selfinstruct import Role
-from codellama.selfinstruct.lines import Row, read_rows
+from codellama.recipe_selfinstruct import QuestionWriter, Role
+from codellama.selfinstruct.lines import read_rows
 from codellama.tokenizer.chat import Message
 
 Open = Callable[[Role], Any]
@@ -42,21 +42,24 @@ def ask(
     prompts: Sequence[tuple[str, Prompt]],
     path: Path,
     open_generator: Open,
-    n: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Row]:
-    """Write the samples that are missing of so many for each prompt, and return those asked for.
+    say: Callable[[str], None],
+) -> None:
+    """Write the samples of prompts, each with an id, that a file does not hold.
 
     Raises:
         ValueError: the file was made with other settings.
     """
-    wanted = {task_id for task_id, _ in prompts}
-    found = [row for row in read_rows(path) if row["task_id"] in wanted]
-    if len(found) < n * len(wanted):
-        decoding = Decoding(n, role.temperature, role.top_p, role.seed)
-        model = {"model": role.model, "name": role.name, "style": role.style}
-        sample(open_generator(role), Asking(role, prompts), path, decoding, model, None, progress)
-    return [row for row in read_rows(path) if row["task_id"] in wanted]
+    n = 1 if isinstance(role, QuestionWriter) else role.n
+    done = {(row["task_id"], row["sample"]) for row in read_rows(path)}
+    if {(task_id, i) for task_id, _ in prompts for i in range(n)} <= done:
+        return
+    decoding = Decoding(n, role.temperature, role.top_p, role.seed)
+    model = {"model": role.model, "name": role.name, "style": role.style}
+
+    def tell(n_done: int, n_wanted: int) -> None:
+        say(f"{path.stem}: {n_done} of {n_wanted} samples")
+
+    sample(open_generator(role), Asking(role, prompts), path, decoding, model, None, tell)
 
 
 def turns(*texts: str) -> tuple[Message, ...]:

@@ -8,6 +8,7 @@ In: jobs with keys. Out: rows {id, status, message, cpu_s} behind those that the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import deque
@@ -34,6 +35,11 @@ class Job(NamedTuple):
     tests: str | None
     """None runs the program alone; a number on its last line is kept as `value`."""
 
+    def digest(self) -> str:
+        """What was run, shortened."""
+        text = f"{self.program}\0{self.tests}".encode("utf-8", "replace")
+        return hashlib.sha256(text).hexdigest()[:16]
+
 
 def execute(
     jobs: Iterable[Job],
@@ -50,8 +56,10 @@ def execute(
     Raises:
         NoIsolationError: there is no isolation to run programs in.
     """
-    done = {row["id"]: row for row in read_rows(path)}
     wanted = {job.key: job for job in jobs}
+    # What was run with other programs or tests was not run.
+    done = {r["id"]: r for r in read_rows(path)
+            if r["id"] in wanted and r["sha256"] == wanted[r["id"]].digest()}  # fmt: skip
     missing = [job for key, job in wanted.items() if key not in done]
     if missing:
         rows = _on_cluster(missing, timeout_s, ray) if ray else _here(missing, timeout_s)
@@ -83,7 +91,7 @@ def judge(job: Job, timeout_s: float, patience: Patience) -> Row:
     """Run one job, again where the sandbox failed; never raises for what the program did."""
     row: Row = {}
     for _ in range(1 + N_ERROR_RETRIES):
-        row = {"id": job.key, **_run(job, timeout_s, patience)}
+        row = {"id": job.key, "sha256": job.digest(), **_run(job, timeout_s, patience)}
         if row["status"] != "error":
             break
     return row

@@ -17,7 +17,7 @@ from codellama.eval.scoring import score
 from codellama.eval.task import Setting, Task
 from codellama.eval.tasks import make_task
 from codellama.selfinstruct.solutions import HeldOut
-from codellama.selfinstruct.steps import Run, teller
+from codellama.selfinstruct.steps import Run
 
 
 def measure(
@@ -53,7 +53,7 @@ def _measured(
 ) -> dict[str, Any]:
     place = folder / task.name
     path, decoding = place / "samples.jsonl", Decoding.of(task, n)
-    settings = sample(generator, task, path, decoding, model, None, teller(run, task.name))
+    settings = sample(generator, task, path, decoding, model)
     result = score(task, read_samples(path, task)) | {"settings": settings}
     write_file(place / "results.json", json.dumps(result, indent=1) + "\n")
     return result

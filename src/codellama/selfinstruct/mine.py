@@ -67,6 +67,7 @@ def mine(
     documents = (
         (f"{unit.source}/{document.repository}", document)
         for unit in units
+        if any(f"{unit.source}/{e.repository}" not in done for e in unit.entries or (unit,))
         for document in read_unit(unit, sources[unit.source], MAX_BYTES)
         if document.path.endswith(".py")
     )

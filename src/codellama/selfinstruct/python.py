@@ -97,8 +97,8 @@ def _changes(tree: ast.AST) -> Iterator[Change]:
             yield node, lambda n: setattr(n, "value", not n.value)  # type: ignore[attr-defined]
         elif isinstance(node, (ast.If, ast.While, ast.IfExp)):
             yield node, _negate
-        elif isinstance(node, ast.Return) and node.value is not None:
-            yield node, lambda n: setattr(n, "value", None)
+        elif isinstance(node, (ast.Return, ast.Assign)) and node.value is not None:
+            yield node, lambda n: setattr(n, "value", ast.Constant(None))
 
 
 def _swap_operator(node: ast.AST) -> None:

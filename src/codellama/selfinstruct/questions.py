@@ -9,10 +9,9 @@ their reasons.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +113,8 @@ def read_instructions(path: Path) -> Iterator[Row]:
 
 def as_question(dialog: Row) -> Row:
     """The last question of a dialog, with the Python of its answer as a candidate solution."""
+    if "reason" in dialog:
+        return dialog
     *_, asked, answer = dialog.pop("messages")
     code = fenced_code(answer["content"])
     is_function = (tree := parse(code)) is not None and "def " in code and bool(tree.body)
@@ -121,42 +122,34 @@ def as_question(dialog: Row) -> Row:
 
 
 def distinct(
-    rows: Iterable[Row], settings: NearDuplicates, block_list: BlockList | None
-) -> tuple[list[Row], list[Row]]:
-    """The rows that stay, in order, and the others with a reason.
+    rows: Sequence[Row], settings: NearDuplicates, block_list: BlockList | None
+) -> list[Row]:
+    """The rows, with a `reason` those that are there twice, resemble another, or are in a test.
 
     Held-out problems come first, so that nothing that resembles one is trained on; among the
     others the first stays.
     """
-    kept: list[Row] = []
-    rejects: list[Row] = []
+    ordered = sorted(rows, key=lambda row: not row.get("held_out", False))
     seen: set[str] = set()
-    for row in sorted(rows, key=lambda row: not row.get("held_out", False)):
+    for row in ordered:
         text, code = text_of(row), row.get("reference") or ""
-        digests = {hashlib.sha256(" ".join(t.lower().split()).encode()).hexdigest()
-                   for t in (text, code) if t}  # fmt: skip
-        if "reason" in row:
-            pass
-        elif any(tag in text for tag in TAGS):
-            row["reason"] = "a tag of the chat format"
-        elif seen & digests:
-            row["reason"] = "duplicate"
+        plain = {" ".join(part.lower().split()) for part in (text, code) if part}
+        if any(tag in text for tag in TAGS):
+            row.setdefault("reason", "a tag of the chat format")
+        elif seen & plain:
+            row.setdefault("reason", "duplicate")
         elif block_list and (hits := block_list.find(f"{text}\n{code}", is_code=True).benchmarks):
-            row["reason"] = f"overlaps {hits[0]}"
-        seen |= digests
-        (rejects if "reason" in row else kept).append(row)
-    if not kept:
-        return [], rejects
-    stands = representatives(
-        signatures([text_of(row) for row in kept], settings),
-        np.array([not row.get("held_out", False) for row in kept], np.int64),
-        np.ones(len(kept), np.int64),  # of one length: the first stays
-        settings,
-    )
-    for place, row in enumerate(kept):
-        if stands[place] != place:
-            rejects.append(row | {"reason": f"like {kept[stands[place]]['id']}"})
-    return [row for place, row in enumerate(kept) if stands[place] == place], rejects
+            row.setdefault("reason", f"overlaps {hits[0]}")
+        seen |= plain
+    kept = [row for row in ordered if "reason" not in row]
+    if kept:
+        group = np.array([not row.get("held_out", False) for row in kept], np.int64)
+        length = np.ones(len(kept), np.int64)  # all the same, so that the first stays
+        hashes = signatures([text_of(row) for row in kept], settings)
+        for row, place in zip(kept, representatives(hashes, group, length, settings), strict=True):
+            if kept[place] is not row:
+                row["reason"] = f"like {kept[place]['id']}"
+    return ordered
 
 
 def text_of(row: Row) -> str:

@@ -62,24 +62,20 @@ def check_jobs(problem: Row, n_mutants: int) -> list[Job]:
     return [*jobs, Job(f"{key}#coverage", program, None)]
 
 
-def checked(problem: Row, jobs: Sequence[Job], runs: Mapping[str, Row]) -> Row:
-    """The problem with what the check found; with a `reason` where its tests are vacuous."""
-    n_killed = n_mutants = 0
-    row = dict(problem)
+def check(row: Row, jobs: Sequence[Job], runs: Mapping[str, Row]) -> None:
+    """Note in a problem what the check found; a `reason` where its tests are vacuous."""
+    killed: list[bool] = []
     for job in jobs:
-        kind = job.key.rpartition("#")[2]
-        status = runs[job.key]["status"]
+        kind, run = job.key.rpartition("#")[2], runs[job.key]
         if kind == "coverage":
-            row["coverage"] = runs[job.key]["value"]
-        elif kind.startswith("stub") and status == "passed":
-            row["reason"] = "the tests accept a stub"
+            row["coverage"] = run["value"]
         elif kind.startswith("mutant"):
-            n_mutants += 1
-            n_killed += status not in ("passed", "error")
-    row |= {"n_mutants": n_mutants, "n_killed": n_killed}
-    if not n_killed:
+            killed.append(run["status"] not in ("passed", "error"))
+        elif run["status"] == "passed":
+            row["reason"] = "the tests accept a stub"
+    row |= {"n_mutants": len(killed), "n_killed": sum(killed)}
+    if not any(killed):
         row.setdefault("reason", "the tests notice no mutant")
-    return row
 
 
 def chosen(

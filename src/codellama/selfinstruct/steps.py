@@ -21,27 +21,23 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from codellama.data.decontaminate import build_block_list
+from codellama.eval.task import Prompt
 from codellama.recipe import Recipe
-from codellama.recipe_selfinstruct import SelfInstruct
+from codellama.recipe_selfinstruct import Role, SelfInstruct
 from codellama.selfinstruct import questions, solutions, unit_tests
 from codellama.selfinstruct.asking import Open, ask, open_role, turns
 from codellama.selfinstruct.execute import Job, execute
 from codellama.selfinstruct.lines import Row, appending, read_rows, write_rows
 from codellama.selfinstruct.mine import mine
-from codellama.selfinstruct.select import (
-    check_jobs,
-    checked,
-    chosen,
-    passed_tests,
-    solution_jobs,
-)
+from codellama.selfinstruct.select import check, check_jobs, chosen, passed_tests, solution_jobs
 from codellama.tokenizer.chat import TAGS
 
 
@@ -73,16 +69,20 @@ class Run:
         """What a file holds so far."""
         return read_rows(self.path(name))
 
-    def write(self, name: str, kept: Sequence[Row], rejects: Sequence[Row] = ()) -> None:
-        """Write what stays and, where anything went, what went."""
+    def write(self, name: str, rows: Sequence[Row]) -> None:
+        """Write what stays, and apart from it the rows with a `reason`."""
+        kept = [row for row in rows if "reason" not in row]
         write_rows(self.path(name), kept)
-        if rejects:
-            write_rows(self.path(f"{name}.rejects"), rejects)
-        self.say(f"{name}: {len(kept)} kept, {len(rejects)} rejected")
+        write_rows(self.path(f"{name}.rejects"), [row for row in rows if "reason" in row])
+        self.say(f"{name}: {len(kept)} kept, {len(rows) - len(kept)} rejected")
 
-    def execute(self, name: str, jobs: Sequence[Job]) -> dict[str, Row]:
+    def execute(self, name: str, jobs: Iterable[Job]) -> dict[str, Row]:
         """Run what was not run yet."""
         return execute(jobs, self.path(name), self.settings.timeout_s, self.ray, self.say)
+
+    def ask(self, name: str, role: Role, prompts: Sequence[tuple[str, Prompt]]) -> None:
+        """Ask for the samples that are missing."""
+        ask(role, prompts, self.path(name), self.open_generator, self.say)
 
 
 def run_steps(run: Run, only: Sequence[str] = ()) -> None:
@@ -113,8 +113,7 @@ def mine_sources(run: Run) -> None:
 def ask_questions(run: Run) -> None:
     """Let the model write batches of questions."""
     if role := run.settings.questions:
-        prompts = questions.batches(role)
-        ask(role, prompts, run.path("batches"), run.open_generator, 1, teller(run, "batches"))
+        run.ask("batches", role, questions.batches(role))
 
 
 def choose_questions(run: Run) -> None:
@@ -123,16 +122,15 @@ def choose_questions(run: Run) -> None:
     block_list = build_block_list(corpus.benchmarks) if corpus.benchmarks else None
     found = [problem for row in run.rows("mined") for problem in row["problems"]]
     dialogs: list[Row] = []
-    for import_set in settings.imports:
-        for row in questions.read_instructions(import_set.path):
-            if import_set.use == "questions" and "reason" not in row:
-                found.append(questions.as_question(row))
-            else:
-                dialogs.append(row)
+    for given in settings.imports:
+        rows = list(questions.read_instructions(given.path))
+        if given.use == "questions":
+            found += map(questions.as_question, rows)
+        else:
+            dialogs += rows
     found += [item for row in run.rows("batches") for item in questions.read_batch(row)]
-    run.write("questions", *questions.distinct(found, settings.near_duplicates, block_list))
-    if dialogs:
-        run.write("imported", *questions.distinct(dialogs, settings.near_duplicates, block_list))
+    run.write("questions", questions.distinct(found, settings.near_duplicates, block_list))
+    run.write("imported", questions.distinct(dialogs, settings.near_duplicates, block_list))
 
 
 def write_tests(run: Run) -> None:
@@ -140,99 +138,71 @@ def write_tests(run: Run) -> None:
     if role := run.settings.tests:
         without = [row for row in run.rows("questions") if "tests" not in row]
         prompts = [(row["id"], unit_tests.prompt(role, row["question"])) for row in without]
-        if prompts:
-            tell = teller(run, "tests")
-            ask(role, prompts, run.path("tests"), run.open_generator, role.n, tell)
+        run.ask("tests", role, prompts)
 
 
 def verify_references(run: Run) -> None:
     """Keep problems whose tests hold for the mined function and are not vacuous."""
-    problems, rejects = _with_tests(run)
-    known = [p for p in problems if p.get("reference")]
-    waiting = [p for p in problems if not p.get("reference")]
-    single = [j for p in known for j in solution_jobs(p, [p["reference"]], each_test=True)]
+    rows = list(_with_tests(run))
+    known = [row for row in rows if "tests" in row and row.get("reference")]
+    single = [j for row in known for j in solution_jobs(row, [row["reference"]], each_test=True)]
     runs = run.execute("references", single)
-    verified: list[Row] = []
-    for problem in known:
-        [held] = passed_tests(problem, 1, runs)
-        tests = [test for i, test in enumerate(problem["tests"]) if i in held]
-        is_mined = problem["source"] == "mined"
+    for row in known:
+        [held] = passed_tests(row, 1, runs)
+        tests = [test for i, test in enumerate(row["tests"]) if i in held]
         # Examples of a docstring may show what holds elsewhere; a test that was written for an
         # answer of unknown quality is not dropped for it.
-        if len(tests) >= (run.settings.min_tests if is_mined else len(problem["tests"])):
-            done = {"tests": tests, "verified": True, "solution": problem["reference"]}
-            verified.append(problem | done)
+        is_mined = row["source"] == "mined"
+        if len(tests) >= (run.settings.min_tests if is_mined else len(row["tests"])):
+            row |= {"tests": tests, "verified": True, "solution": row["reference"]}
         elif is_mined:
-            statuses = {
-                runs[f"{problem['id']}#0/{i}"]["status"] for i in range(len(problem["tests"]))
-            }
-            reason = f"the function itself: {min(statuses - {'passed'})}"
-            rejects.append(problem | {"reason": reason})
-        else:
-            waiting.append(problem)
-    jobs = {p["id"]: check_jobs(p, run.settings.n_mutants) for p in verified}
-    runs = run.execute("references", [job for each in jobs.values() for job in each])
-    after = [checked(p, jobs[p["id"]], runs) for p in verified]
-    rejects += [p for p in after if "reason" in p]
-    kept = [p for p in after if "reason" not in p]
-    run.write("held_out", [p for p in kept if p.get("held_out")])
-    run.write("problems", [*(p for p in kept if not p.get("held_out")), *waiting], rejects)
+            failed = next(i for i in range(len(row["tests"])) if i not in held)
+            status = runs[f"{row['id']}#0/{failed}"]["status"]
+            row["reason"] = f"the function itself: {status}"
+    _check(run, "references", [row for row in rows if row.get("verified")])
+    apart = [row for row in rows if row.get("held_out") and "reason" not in row]
+    run.write("held_out", apart)
+    run.write("problems", [row for row in rows if row not in apart])
 
 
-def _with_tests(run: Run) -> tuple[list[Row], list[Row]]:
+def _with_tests(run: Run) -> Iterator[Row]:
     """Questions with their tests; of several answers with tests the first that can be read."""
-    problems, rejects = [], []
     written: dict[str, list[Row]] = {}
     for row in run.rows("tests"):
-        written.setdefault(row["task_id"], []).append(row)
+        answer = unit_tests.read_tests(row["completion"], run.settings.min_tests)
+        written.setdefault(row["task_id"], []).append(answer)
     for row in run.rows("questions"):
-        answers = [
-            unit_tests.read_tests(answer["completion"], run.settings.min_tests)
-            for answer in written.get(row["id"], [])
-        ]
-        usable = next((answer for answer in answers if "reason" not in answer), None)
-        if "tests" in row or usable:
-            problems.append(row | (usable or {}))
-        else:
-            rejects.append(row | (answers[0] if answers else {"reason": "no tests were asked for"}))
-    return problems, rejects
-
-
-def _asked_problems(run: Run) -> list[Row]:
-    """Problems that solutions are asked for."""
-    problems = run.rows("problems")
-    if run.settings.max_problems:
-        problems.sort(key=lambda p: questions.random_for("chosen", p["id"]).random())
-    return problems[: run.settings.max_problems]
+        answers = written.get(row["id"], [{"reason": "no tests were asked for"}])
+        best = next((answer for answer in answers if "reason" not in answer), answers[0])
+        yield row if "tests" in row else row | best
 
 
 def write_solutions(run: Run) -> None:
     """Let the model write solutions, each with one test shown."""
     if role := run.settings.solutions:
-        prompts = [(p["id"], solutions.prompt(role, p)) for p in _asked_problems(run)]
-        if prompts:
-            tell = teller(run, "solutions")
-            ask(role, prompts, run.path("solutions"), run.open_generator, role.n, tell)
+        problems = run.rows("problems")
+        problems.sort(key=lambda p: questions.random_for("chosen", p["id"]).random())
+        chosen = problems[: run.settings.max_problems]
+        run.ask("solutions", role, [(p["id"], solutions.prompt(role, p)) for p in chosen])
 
 
 def _solutions(run: Run) -> Iterator[tuple[Row, list[str]]]:
     """Each problem with its solutions, in the order of their numbers."""
-    role = run.settings.solutions
+    style = run.settings.solutions.style if run.settings.solutions else "chat"
     found: dict[str, dict[int, str]] = {}
     for row in run.rows("solutions"):
         found.setdefault(row["task_id"], {})[row["sample"]] = row["completion"]
     for problem in run.rows("problems"):
-        samples = found.get(problem["id"], {})
-        texts = [samples[number] for number in sorted(samples)]
-        style = role.style if role else "chat"
+        texts = [text for _, text in sorted(found.get(problem["id"], {}).items())]
         yield problem, [solutions.solution_of(style, problem, text) for text in texts]
 
 
 def execute_solutions(run: Run) -> None:
     """Run the tests of each problem on each of its solutions."""
-    each_test = run.settings.consensus
-    jobs = [job for p, texts in _solutions(run) for job in solution_jobs(p, texts, each_test)]
-    run.execute("runs", jobs)
+    each = run.settings.consensus
+    run.execute(
+        "runs", [job for p, texts in _solutions(run) for job in solution_jobs(p, texts, each)]
+    )
 
 
 def select_solutions(run: Run) -> None:
@@ -242,25 +212,21 @@ def select_solutions(run: Run) -> None:
     for row in rows:  # no dialog could be made of it
         if any(tag in row.get("solution", "") for tag in TAGS):
             row["reason"] = "a tag of the chat format"
-    rejects = [row for row in rows if "reason" in row]
-    kept = [row for row in rows if "reason" not in row]
-    jobs = {
-        row["id"]: check_jobs(row, run.settings.n_mutants)
-        for row in kept
-        if not row.get("verified")
-    }
-    checks = run.execute("checks", [job for each in jobs.values() for job in each])
-    kept = [checked(r, jobs[r["id"]], checks) if r["id"] in jobs else r for r in kept]
-    rejects += [row for row in kept if "reason" in row]
-    kept = [row for row in kept if "reason" not in row]
-    run.write("verified", kept, rejects)
-    write_rows(
-        run.path("dialogs"),
-        [
-            {"id": row["id"], "messages": turns(solutions.request(row), row["solution"].strip())}
-            for row in kept
-        ],
+    _check(run, "checks", [r for r in rows if "reason" not in r and not r.get("verified")])
+    run.write("verified", rows)
+    dialogs = (
+        {"id": row["id"], "messages": turns(solutions.request(row), row["solution"].strip())}
+        for row in run.rows("verified")
     )
+    write_rows(run.path("dialogs"), dialogs)
+
+
+def _check(run: Run, name: str, rows: Sequence[Row]) -> None:
+    """Give a reason to rows whose tests accept what they should not."""
+    jobs = {row["id"]: check_jobs(row, run.settings.n_mutants) for row in rows}
+    runs = run.execute(name, chain.from_iterable(jobs.values()))
+    for row in rows:
+        check(row, jobs[row["id"]], runs)
 
 
 STEPS: dict[str, Callable[[Run], Any]] = {
@@ -287,8 +253,3 @@ def _only_process(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def teller(run: Run, what: str) -> Callable[[int, int], None]:
-    """Says how many samples there are."""
-    return lambda done, total: run.say(f"{what}: {done} of {total} samples")
