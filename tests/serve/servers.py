@@ -1,4 +1,4 @@
-"""Servers to test against: one in a process of its own, others in a thread with an engine at hand."""
+"""Servers to test against: in a process of their own, or in a thread with the engine at hand."""
 
 import contextlib
 import signal
@@ -63,17 +63,22 @@ def wait_for(condition, seconds=10.0):
 def in_thread(engine, limits=Limits(), rules=Rules(), load=None):  # noqa: B008
     """A server in this process; yields its address and the service."""
     service = Service(engine, engine.tokenizer, "codellama", {}, limits)
-    app = create_app(load or (lambda: service), rules)
+    with listening(create_app(load or (lambda: service), rules)) as url:
+        if load is None:
+            wait_for(lambda: is_up(url))
+        yield url, service
+
+
+@contextlib.contextmanager
+def listening(app):
+    """An ASGI app behind our protocol; yields its address."""
     config = uvicorn.Config(app, port=free_port(), http=Protocol, log_level="error")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
-    url = f"http://127.0.0.1:{config.port}"
     try:
         wait_for(lambda: server.started)
-        if load is None:
-            wait_for(lambda: is_up(url))
-        yield url, service
+        yield f"http://127.0.0.1:{config.port}"
     finally:
         server.should_exit = True
         thread.join()

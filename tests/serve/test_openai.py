@@ -238,8 +238,8 @@ def test_errors_have_openais_shape(client):
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="x", prompt="a " * 3000)
     assert caught.value.code == "context_length_exceeded"
+    tool = {"type": "function", "function": {"name": "f"}}
     with pytest.raises(openai.BadRequestError, match="tools"):
-        tool = {"type": "function", "function": {"name": "f"}}
         client.chat.completions.create(model="x", messages=DIALOG, tools=[tool])
     with pytest.raises(openai.BadRequestError, match="special tags"):
         client.chat.completions.create(model="x", messages=[{"role": "user", "content": "[INST]"}])

@@ -24,12 +24,11 @@ from starlette.middleware.cors import CORSMiddleware
 from codellama.artifact import code_version
 from codellama.engine.endpoint import Endpoint
 from codellama.serve import llamacpp, ollama, openai, tabby
-from codellama.serve.guard import Guard, Protocol, Rules
+from codellama.serve.guard import MAX_HEADER_BYTES, Guard, Protocol, Rules
 from codellama.serve.replies import ApiError, as_json
 from codellama.serve.service import Ready, Service, failed
 
 PAGE = Path(__file__).parent / "page"
-MAX_HEADER_BYTES = 32 << 10
 CHECK_S = 5.0  # between looks at the servers of a cluster
 
 
@@ -84,20 +83,16 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.service = None
-    for part, shape in (
-        (openai, _Error),
-        (llamacpp, _Error),
-        (tabby, _Error),
-        (ollama, _OllamaError),
-    ):
-        app.include_router(part.router, responses=_errors(shape))
+    for part in (openai, llamacpp, tabby):
+        app.include_router(part.router, responses=_replies(_Error, "text/event-stream"))
+    app.include_router(ollama.router, responses=_replies(_OllamaError, "application/x-ndjson"))
 
-    @app.get("/health", responses=_errors(_Error))
+    @app.get("/health", responses=_replies(_Error))
     async def health(service: Ready) -> Response:
         """Whether the server can answer."""
         return as_json({"status": "ok"})
 
-    @app.get("/metrics", responses=_errors(_Error), response_class=PlainTextResponse)
+    @app.get("/metrics", responses=_replies(_Error), response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters in Prometheus' format."""
         service: Service | None = app.state.service
@@ -113,11 +108,12 @@ def create_app(
     return CORSMiddleware(guarded, rules.origins, allow_methods=methods, allow_headers=headers)
 
 
-def _errors(shape: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    return {
-        "4XX": {"model": shape, "description": "What is wrong with the request."},
-        "5XX": {"model": shape, "description": "The server failed, or is not ready."},
-    }
+def _replies(error: type[BaseModel], stream: str | None = None) -> dict[int | str, Any]:
+    """What the document says of replies, beside JSON: streams, and the shape of errors."""
+    known: dict[int | str, Any] = {200: {"content": {stream: {}}}} if stream else {}
+    for status, text in (("4XX", "Not as expected."), ("5XX", "Failed, or not ready.")):
+        known[status] = {"model": error, "description": text}
+    return known
 
 
 def _add_page(app: FastAPI) -> list[str]:

@@ -55,7 +55,7 @@ class Sampling(Body):
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 
 
-class _Part(BaseModel):
+class _Part(Body):
     type: str
     text: str | None = None
 
@@ -80,7 +80,7 @@ class ChatMessage(Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class _JsonSchema(BaseModel):
+class _JsonSchema(Body):
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
 
 

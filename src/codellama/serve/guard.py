@@ -26,6 +26,7 @@ Send = Callable[[Any], Awaitable[None]]
 
 REQUEST_S = 8.0  # for a whole request to arrive
 READ_S = 30.0  # for a client that has stopped reading
+MAX_HEADER_BYTES = 32 << 10
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -106,6 +107,8 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            raise ApiError(431, f"the headers are larger than {MAX_HEADER_BYTES} bytes")
         host, origin = headers.get(b"host", ""), headers.get(b"origin", "")
         name = host.removeprefix("[").partition("]")[0] if "]" in host else host.partition(":")[0]
         if self.rules.hosts is not None and name.lower() not in self.rules.hosts:

@@ -100,7 +100,7 @@ class DetokenizeBody(Body):
 async def completion(body: CompletionBody, service: Ready, client: Client) -> Response:
     """Continue a prompt."""
     prompt = prompts.completion(service.tokenizer, body.prompt, service.limits.recognise)
-    request = body.request(prompt, service.max_context, 0.8, False)  # llama.cpp's temperature
+    request = body.request(prompt, service.most_tokens, 0.8, False)  # llama.cpp's temperature
     return await _reply(body, request, service, client)
 
 
@@ -123,7 +123,8 @@ async def infill(body: InfillBody, service: Ready, client: Client) -> Response:
         service.max_context - min(wanted, service.max_context // 4),
     )
     temperature = 0.8 if (body.n_cmpl or 1) > 1 else 0.0
-    request = body.request(prompt, SUGGESTION_TOKENS, temperature, True)
+    n_tokens = min(SUGGESTION_TOKENS, service.most_tokens)
+    request = body.request(prompt, n_tokens, temperature, True)
     return await _reply(body, request, service, client)
 
 

@@ -46,7 +46,7 @@ class _Asked(Body):
             raise ValueError(f'format {self.format!r}: expected "json" or a JSON schema')
         n = options.num_predict
         return options.params(
-            max_tokens=service.max_context if n is None or n < 0 else n,
+            max_tokens=service.most_tokens if n is None or n < 0 else n,
             temperature=0.8,
             top_p=0.9,
             top_k=40,

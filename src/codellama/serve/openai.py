@@ -10,11 +10,20 @@ from itertools import accumulate
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from codellama.engine import Piece, SamplingParams
 from codellama.serve import prompts, tabby
-from codellama.serve.bodies import ChatMessage, Count, Factor, N, ResponseFormat, Sampling, Whole
+from codellama.serve.bodies import (
+    Body,
+    ChatMessage,
+    Count,
+    Factor,
+    N,
+    ResponseFormat,
+    Sampling,
+    Whole,
+)
 from codellama.serve.generation import Edit, Request, Result
 from codellama.serve.replies import ApiError, as_events, as_json
 from codellama.serve.service import Client, Ready, Service, Stream
@@ -25,7 +34,7 @@ _SPOKEN = {None: None, "stop": "stop", "length": "length", "cancelled": "length"
 _Text = str | list[str] | Annotated[list[Whole], Field(min_length=1)] | list[list[Whole]]
 
 
-class _StreamOptions(BaseModel):
+class _StreamOptions(Body):
     include_usage: bool | None = None
 
 
@@ -141,7 +150,7 @@ async def completions(body: CompletionOrTabby, service: Ready, client: Client) -
 @router.post("/v1/fim/completions")
 async def fim_completions(body: FimBody, service: Ready, client: Client) -> Response:
     """Fill the gap between prompt and suffix; the reply is shaped like chat."""
-    params = body.settings(service.max_context, seed=body.random_seed)
+    params = body.settings(service.most_tokens, seed=body.random_seed)
     gap = _gap(service, body.prompt, body.suffix or "", body.suffix_first)
     request = body.request([gap], params, is_infilling=True)
     return await _Reply("chat.completion", service, body, request).send(client)
@@ -155,7 +164,7 @@ async def chat_completions(body: ChatBody, service: Ready, client: Client) -> Re
     if body.max_completion_tokens is not None:
         body.max_tokens = body.max_completion_tokens
     tops = body.top_logprobs if body.logprobs else None
-    params = body.settings(service.max_context, logprobs=body.logprobs, top_logprobs=tops)
+    params = body.settings(service.most_tokens, logprobs=body.logprobs, top_logprobs=tops)
     prompt = prompts.dialog(service.tokenizer, [message.plain() for message in body.messages])
     request = body.request([prompt], params)
     return await _Reply("chat.completion", service, body, request).send(client)

@@ -78,6 +78,11 @@ class Service:
         self._scoring = asyncio.Lock()
 
     @property
+    def most_tokens(self) -> int:
+        """What a text may have where its client does not say."""
+        return min(self.max_context, self.limits.max_new_tokens)
+
+    @property
     def is_full(self) -> bool:
         """Whether not even one more text may begin."""
         return self.n_texts >= self.limits.max_texts
@@ -96,8 +101,8 @@ class Service:
             asyncio.ensure_future(self._write(number, prompt, params, request.edit, news))
             for number, (prompt, params) in enumerate(jobs)
         ]
-        everything = asyncio.gather(*tasks, return_exceptions=True)
-        everything.add_done_callback(leave)
+        for task in tasks:
+            task.add_done_callback(leave)
         late = ApiError(504, f"not finished within {self.limits.timeout_s:g} s")
         timer = asyncio.get_running_loop().call_later(self.limits.timeout_s, news.put_nowait, late)
         n_left = len(tasks)
@@ -112,8 +117,8 @@ class Service:
             timer.cancel()
             if n_left:
                 self.metrics.cancelled.inc()
-                everything.cancel()
-                leave()
+                for task in tasks:
+                    task.cancel()
 
     async def results(self, request: Request, client: str | None = None) -> list[Result]:
         """All texts of a request once they are whole, the best n of each prompt.
@@ -145,7 +150,7 @@ class Service:
     async def _jobs(self, request: Request) -> list[tuple[Prompt, SamplingParams]]:
         """Each text's prompt and params; the i-th of a prompt has the seed + i."""
         params, most = request.params, self.limits.max_new_tokens
-        if params.max_tokens > most and self.max_context > most:
+        if params.max_tokens > most:
             raise ApiError(400, f"max_tokens = {params.max_tokens}: expected at most {most}")
         n_ids = self.tokenizer.vocab_size
         if wrong := [token for token, _ in params.logit_bias if token >= n_ids]:
@@ -161,8 +166,8 @@ class Service:
 
     def _enter(
         self, jobs: list[tuple[Prompt, SamplingParams]], news: News, client: str | None
-    ) -> Callable[..., None]:
-        """Count a request in; what is returned counts it out, once."""
+    ) -> Callable[[object], None]:
+        """Count a request in; what is returned counts a text of it out."""
         limits = self.limits
         tokens = [min(len(p.ids) + params.max_tokens, self.max_context) for p, params in jobs]
         n_texts, n_tokens = len(jobs), sum(tokens)
@@ -181,11 +186,11 @@ class Service:
         self.n_tokens += n_tokens
         self._under_way[news] = client
 
-        def leave(_: object = None) -> None:
-            if news in self._under_way:
+        def leave(task: object) -> None:
+            self.n_texts -= 1
+            self.n_tokens -= tokens.pop()
+            if not tokens:
                 del self._under_way[news]
-                self.n_texts -= n_texts
-                self.n_tokens -= n_tokens
 
         return leave
 

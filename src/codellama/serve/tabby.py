@@ -64,7 +64,8 @@ async def complete(body: Body, service: Service, client: str) -> Response:
         [(snippet.filepath, snippet.body) for snippet in snippets],
         service.max_context - NEW_TOKENS,
     )
-    params = SamplingParams(NEW_TOKENS, body.temperature or 0.0, seed=body.seed)
+    n_tokens = min(NEW_TOKENS, service.most_tokens)
+    params = SamplingParams(n_tokens, body.temperature or 0.0, seed=body.seed)
     request = Request((prompt,), params, edit=Edit(trim_suffix=True), is_infilling=True)
     [result] = await service.results(request, client)
     reply: dict[str, Any] = {"id": f"cmpl-{secrets.token_hex(12)}", "mode": "standard"}
