@@ -3,7 +3,9 @@
 import gzip
 import hashlib
 import shutil
+import tomllib
 import urllib.error
+from pathlib import Path
 
 import pytest
 
@@ -104,3 +106,14 @@ def test_known_checksums_are_those_of_the_files(shared_data):
             content = path.read_bytes()
             content = gzip.decompress(content) if name.endswith(".gz") else content
             assert hashlib.sha256(content).hexdigest() == expected, name
+
+
+def test_every_table_is_packaged():
+    """A built package holds whatever stands beside the code of this folder."""
+    folder = Path(datasets.__file__).parent
+    project = tomllib.loads((folder.parents[2] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["codellama"]
+    packaged = {path for pattern in patterns for path in folder.parent.glob(pattern)}
+    beside = {path for path in folder.glob("*.*") if path.suffix != ".py"}
+    assert {path.name for path in beside} >= {"datasets.txt", "paper.txt", "report.html"}
+    assert beside <= packaged
