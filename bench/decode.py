@@ -103,7 +103,7 @@ def run_engine(engine: Engine, prompts: list[list[int]], n_new: int, clock: Cloc
     for _ in generations:
         news.get()
     end = clock()
-    assert all(len(g.completion().token_ids) == n_new for g in generations)
+    assert all(len(g.read().token_ids) == n_new for g in generations)
     return first - begin, end - first
 
 

@@ -96,7 +96,7 @@ class Server:
                         "text": piece.text,
                         "token_ids": list(piece.token_ids),
                         "logprobs": logprobs if piece.token_ids else None,
-                        "finish_reason": piece.finish_reason,
+                        "finish_reason": None if fault == "end" else piece.finish_reason,
                         "n_cached": piece.n_cached,
                     }
                     if fault == "break":

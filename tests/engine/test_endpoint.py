@@ -105,7 +105,7 @@ def test_a_stream_is_not_begun_twice(engine, endpoint, servers):
     servers[0].faults = servers[1].faults = ["break"]
     stream = endpoint.stream(PROMPTS[0], SamplingParams(9))
     assert expected.startswith(next(stream))
-    with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:\d+/v1/completions: "):
+    with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:\d+/v1: "):
         "".join(stream)
 
 

@@ -10,6 +10,7 @@ import torch
 from pool_check import check
 
 from codellama.engine import Engine, SamplingParams
+from codellama.engine.generator import Ask
 from codellama.engine.reference import generate_greedy
 from codellama.model.config import ModelConfig
 from codellama.model.transformer import Transformer
@@ -116,7 +117,7 @@ def test_stop_id_is_not_in_the_result(engine, model, small_tokenizer):
     ids = small_tokenizer.encode(PROMPTS[0], bos=True)
     free = engine.complete([ids], SamplingParams(max_tokens=30))[0].token_ids
     stop = free[10]
-    result = engine._generate([ids], SamplingParams(max_tokens=30), (stop,), None)[0]
+    result = engine._generate([Ask(ids, (stop,))], SamplingParams(max_tokens=30), None)[0]
     assert result.token_ids == free[: free.index(stop)]
     assert result.finish_reason == "stop"
 
@@ -269,7 +270,7 @@ def test_cancelled_at_any_moment(engine, monkeypatch):
         timer.start()
         assert engine.complete(PROMPTS[:1], params)[0] == expected
         timer.join()
-        assert {g.completion().finish_reason for g in victims} <= {"cancelled", "length"}
+        assert {g.read().finish_reason for g in victims} <= {"cancelled", "length"}
     assert is_empty(engine)
 
 
@@ -403,7 +404,7 @@ def test_ten_thousand_queued_requests(engine):
     params = SamplingParams(max_tokens=60)
     generations = [engine.submit(ids, params, (), lambda: None) for _ in range(10_000)]
     engine.cancel()
-    assert {g.completion().finish_reason for g in generations} <= {"cancelled", "length"}
+    assert {g.read().finish_reason for g in generations} <= {"cancelled", "length"}
     assert is_empty(engine)
 
 

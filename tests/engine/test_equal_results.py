@@ -7,6 +7,7 @@ import torch
 
 from codellama.engine import Engine, SamplingParams
 from codellama.engine.cache import Span
+from codellama.engine.generator import Ask
 from codellama.engine.native import packs_as_expected
 from codellama.engine.reference import generate_greedy
 from codellama.engine.runner import Runner
@@ -258,5 +259,5 @@ def test_models_that_the_step_does_not_know_run_through_the_modules(long_model, 
     assert engine._runner._native is None
     expected, _ = generate_greedy(model, [5, 6, 7], 10)
     assert (
-        list(engine._generate([[5, 6, 7]], SamplingParams(10), (), None)[0].token_ids) == expected
+        list(engine._generate([Ask([5, 6, 7])], SamplingParams(10), None)[0].token_ids) == expected
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 from codellama.engine.runner import Chosen, Runner
 from codellama.engine.scheduler import Scheduler
-from codellama.engine.sequence import Completion, Piece, Sequence
+from codellama.engine.sequence import Piece, Sequence
 from codellama.engine.speculate import Speculator
 
 _log = logging.getLogger(__name__)
@@ -41,14 +41,6 @@ class Generation:
     def cancel(self) -> None:
         """End it now, with what there is; its blocks are free at once."""
         self._batcher.cancel([self])
-
-    def completion(self) -> Completion:
-        """The result, once all is read.
-
-        Raises:
-            Exception: what made it fail.
-        """
-        return self._sequence.completion()
 
     @property
     def sequence(self) -> Sequence:

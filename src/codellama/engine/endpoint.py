@@ -13,7 +13,7 @@ import functools
 import random
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from queue import SimpleQueue
@@ -22,23 +22,17 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
+from codellama.engine.generator import Ask, Generator, Prompt
 from codellama.engine.sampling import MAX_TOKENS, SamplingParams
-from codellama.engine.sequence import Completion, Piece
-from codellama.engine.upstream import Ask, FailedError, Upstream, fields_of
+from codellama.engine.sequence import Piece
+from codellama.engine.upstream import FailedError, Upstream
 from codellama.tokenizer import Tokenizer
-from codellama.tokenizer.chat import Message
-from codellama.tokenizer.chat import stop_ids as chat_stop_ids
-from codellama.tokenizer.infilling import stop_ids as infilling_stop_ids
 
-Prompt = str | Sequence[int]
-Params = SamplingParams | Sequence[SamplingParams]
-OnText = Callable[[int, str], None]
 T = TypeVar("T")
 CONNECT_S = 10.0
-_EOT_TEXT = " <EOT>"  # what servers that do not know stop_token_ids may write for it
 
 
-class Endpoint:
+class Endpoint(Generator):
     """Generates with models behind addresses.
 
     Args:
@@ -52,6 +46,8 @@ class Endpoint:
     Raises:
         ValueError: no address, or one that is none.
     """
+
+    tokenizer: Tokenizer | None
 
     def __init__(
         self,
@@ -75,64 +71,6 @@ class Endpoint:
         self._clients = WeakKeyDictionary()  # connections belong to a loop
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def complete(
-        self,
-        prompts: Sequence[Prompt],
-        params: Params | None = None,
-        on_text: OnText | None = None,
-    ) -> list[Completion]:
-        """As `Engine.complete`; so are the others.
-
-        Raises:
-            ValueError: a server refuses a request; names it and repeats its reason.
-            ConnectionError: none answers.
-        """
-        if isinstance(prompts, str):
-            raise ValueError("expected a list of prompts, got one text")
-        return self._generate(self._asks(prompts, params), on_text)
-
-    def infill(
-        self,
-        gaps: Sequence[tuple[str, str]],
-        params: Params | None = None,
-        suffix_first: bool = False,
-        on_text: OnText | None = None,
-    ) -> list[Completion]:
-        """Write what stands between each (prefix, suffix)."""
-        if self.tokenizer is not None:
-            ids = [self.tokenizer.encode_infilling(p, s, suffix_first) for p, s in gaps]
-            asks = self._asks(ids, params, infilling_stop_ids(self.tokenizer), (_EOT_TEXT,))
-        elif suffix_first:
-            raise ValueError("suffix_first: an endpoint needs the model's tokenizer for it")
-        else:
-            asks = self._asks([prefix for prefix, _ in gaps], params)
-            for ask, (_, suffix) in zip(asks, gaps, strict=True):
-                ask.body["suffix"] = suffix
-        return self._generate(asks, on_text)
-
-    def chat(
-        self,
-        dialogs: Sequence[Sequence[Message]],
-        params: Params | None = None,
-        on_text: OnText | None = None,
-    ) -> list[Completion]:
-        """Answer dialogs."""
-        tokenizer = self.tokenizer
-        if tokenizer is not None and tokenizer.chat_format is not None:
-            ids = [tokenizer.encode_dialog(dialog) for dialog in dialogs]
-            return self._generate(self._asks(ids, params, chat_stop_ids(tokenizer)), on_text)
-        asks = [
-            Ask("/chat/completions", {"messages": list(dialog)} | fields_of(p, is_chat=True), p)
-            for dialog, p in zip(dialogs, _each(params, len(dialogs)), strict=True)
-        ]
-        return self._generate(asks, on_text)
-
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
-        """Continue one prompt and yield its text as it comes; closing the iterator ends it."""
-        for _, piece in self._run(self._asks([prompt], params), streams=True):
-            if piece.text:
-                yield piece.text
-
     def score(self, prompts: Sequence[Prompt]) -> list[list[float]]:
         """Log-probabilities of each text's tokens after the first.
 
@@ -140,19 +78,18 @@ class Endpoint:
             ValueError: as `complete`, or a server gives no log-probabilities of prompts.
         """
         # One token more, because some servers refuse to write none.
-        asks = self._asks(prompts, SamplingParams(1, logprobs=True))
-        if any(isinstance(ask.body["prompt"], str) for ask in asks):
+        params = SamplingParams(1, logprobs=True)
+        asks = [replace(self._continuation(prompt), params=params) for prompt in prompts]
+        if any(isinstance(ask.prompt, str) for ask in asks):
             raise ValueError("score: an endpoint needs the model's tokenizer for texts")
         results: list[list[float]] = [[] for _ in asks]
-        asked = [number for number, ask in enumerate(asks) if ask.n_prompt > 1]
-        for number in asked:
-            asks[number].body["echo"] = True
-        for place, piece in self._run([asks[number] for number in asked], streams=False):
+        asked = [number for number, ask in enumerate(asks) if len(ask.prompt) > 1]
+        for place, piece in self._run([asks[number] for number in asked], False, echo=True):
             if piece.finish_reason is None:
                 number = asked[place]
-                results[number] = list(piece.logprobs[1 : asks[number].n_prompt])
+                results[number] = list(piece.logprobs[1 : len(asks[number].prompt)])
         for ask, scores in zip(asks, results, strict=True):
-            if len(scores) != max(0, ask.n_prompt - 1) or None in scores:
+            if len(scores) != max(0, len(ask.prompt) - 1) or None in scores:
                 names = ", ".join(upstream.url for upstream in self._upstreams)
                 raise ValueError(f"{names}: gives no log-probabilities of prompts (echo)")
         return results
@@ -161,7 +98,7 @@ class Endpoint:
         self, prompt: Sequence[int], params: SamplingParams, stop_ids: Sequence[int]
     ) -> AsyncGenerator[Piece]:
         """As `Engine.pieces`."""
-        [ask] = self._asks([prompt], params, stop_ids)
+        ask = Ask(prompt, stop_ids, params=params)
         async with aclosing(self._pieces(ask, streams=True)) as pieces:
             async for piece in pieces:
                 yield piece
@@ -212,43 +149,15 @@ class Endpoint:
             return None
         return "; ".join(f"{upstream.url}: {upstream.problem}" for upstream in self._upstreams)
 
-    def _asks(
-        self,
-        prompts: Sequence[Prompt],
-        params: Params | None,
-        stop_ids: Sequence[int] = (),
-        stop: tuple[str, ...] = (),
-    ) -> list[Ask]:
-        asks: list[Ask] = []
-        for prompt, settings in zip(prompts, _each(params, len(prompts)), strict=True):
-            if isinstance(prompt, str) and self.tokenizer is not None:
-                prompt = self.tokenizer.encode(prompt, bos=True)
-            body = fields_of(settings) | {"prompt": prompt}
-            if stop:
-                body["stop"] = [*settings.stop, *stop]
-            if stop_ids:
-                body["stop_token_ids"] = list(stop_ids)
-            n_prompt = 0 if isinstance(prompt, str) else len(prompt)
-            asks.append(Ask("/completions", body, settings, n_prompt))
-        return asks
-
-    def _generate(self, asks: list[Ask], on_text: OnText | None) -> list[Completion]:
-        asks = [_numbered(ask, i) for ask in asks for i in range(ask.params.n)]
-        parts: list[list[Piece]] = [[] for _ in asks]
-        for number, piece in self._run(asks, on_text is not None):
-            parts[number].append(piece)
-            if on_text and piece.text:
-                on_text(number, piece.text)
-        return [_joined(pieces, ask) for pieces, ask in zip(parts, asks, strict=True)]
-
-    def _run(self, asks: list[Ask], streams: bool) -> Iterator[tuple[int, Piece]]:
-        """The pieces of some texts as they come; closing it ends them."""
+    def _run(
+        self, asks: Sequence[Ask], every_step: bool, echo: bool = False
+    ) -> Iterator[tuple[int, Piece]]:
         news: SimpleQueue[tuple[int, Piece | BaseException]] = SimpleQueue()
         tasks: set[asyncio.Task[None]] = set()
         running = set(range(len(asks)))
 
         async def collect(number: int, ask: Ask, limit: asyncio.Semaphore) -> None:
-            async with limit, aclosing(self._pieces(ask, streams)) as pieces:
+            async with limit, aclosing(self._pieces(ask, every_step, echo)) as pieces:
                 async for piece in pieces:
                     news.put((number, piece))
 
@@ -281,7 +190,7 @@ class Endpoint:
         finally:
             self._cancel(tasks)
 
-    async def _pieces(self, ask: Ask, streams: bool) -> AsyncGenerator[Piece]:
+    async def _pieces(self, ask: Ask, streams: bool, echo: bool = False) -> AsyncGenerator[Piece]:
         """The pieces of a text from whichever server gives it."""
         if ask.params.max_tokens == 0:  # some servers refuse it, others take it for no limit
             yield Piece("", (), (), (), "length", 0)
@@ -298,7 +207,8 @@ class Endpoint:
             has_begun, place = False, object()
             upstream.busy.add(place)
             try:
-                async with aclosing(upstream.pieces(self._client(), ask, streams)) as pieces:
+                pieces = upstream.pieces(self._client(), ask, streams, echo)
+                async with aclosing(pieces):
                     async for piece in pieces:
                         has_begun = True
                         yield piece
@@ -308,7 +218,7 @@ class Endpoint:
                 upstream.note(error)
                 if has_begun or not n_left:
                     reason = str(error) or type(error).__name__
-                    raise ConnectionError(f"{upstream.url}{ask.path}: {reason}") from None
+                    raise ConnectionError(f"{upstream.url}: {reason}") from None
             finally:
                 upstream.busy.discard(place)
 
@@ -332,30 +242,3 @@ class Endpoint:
 
     def _cancel(self, tasks: set[asyncio.Task[None]]) -> None:
         self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
-
-
-def _each(params: Params | None, n: int) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * n
-    if len(params) != n:
-        raise ValueError(f"{len(params)} sampling params for {n} prompts")
-    return params
-
-
-def _numbered(ask: Ask, number: int) -> Ask:
-    """The request for one of n texts; each has a seed of its own."""
-    if ask.params.seed is None:
-        return ask
-    return replace(ask, body=ask.body | {"seed": ask.params.seed + number})
-
-
-def _joined(pieces: list[Piece], ask: Ask) -> Completion:
-    params = ask.params
-    return Completion(
-        "".join(piece.text for piece in pieces),
-        tuple(i for piece in pieces for i in piece.token_ids),
-        tuple(x for piece in pieces for x in piece.logprobs) if params.logprobs else None,
-        pieces[-1].finish_reason or "",
-        ask.n_prompt,
-        tuple(t for piece in pieces for t in piece.top_logprobs) if params.top_logprobs else None,
-    )

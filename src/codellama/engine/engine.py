@@ -15,27 +15,24 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 
 from codellama.engine.batcher import Batcher, Generation
 from codellama.engine.blocks import BLOCK_TOKENS, BlockPool
 from codellama.engine.cache import PagedCache, available_bytes
+from codellama.engine.generator import Ask, Generator, Prompt
 from codellama.engine.runner import Runner
 from codellama.engine.sampling import SamplingParams
 from codellama.engine.scheduler import STEP_TOKENS, Scheduler
-from codellama.engine.sequence import Completion, Piece
+from codellama.engine.sequence import Piece
 from codellama.engine.sequence import Sequence as Running
 from codellama.engine.speculate import DraftModel, Speculator
 from codellama.model.transformer import Transformer
 from codellama.tokenizer import Tokenizer
-from codellama.tokenizer.chat import Message
-from codellama.tokenizer.chat import stop_ids as chat_stop_ids
 from codellama.weights import load
 
-Prompt = str | Sequence[int]
-Params = SamplingParams | Sequence[SamplingParams]
 SHIPPED_MODEL = Path(__file__).parent.parent / "pretrained"
 CACHE_DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -65,7 +62,7 @@ class Options(TypedDict, total=False):
     """A small model of the same vocabulary that guesses instead of the text."""
 
 
-class Engine:
+class Engine(Generator):
     """Generates with one model.
 
     Args:
@@ -76,6 +73,8 @@ class Engine:
     Raises:
         ValueError: the checkpoint cannot be read, or an option is out of range.
     """
+
+    tokenizer: Tokenizer
 
     def __init__(
         self,
@@ -119,81 +118,6 @@ class Engine:
         )
         self._batcher = Batcher(self._runner, self._scheduler, guessing)
 
-    def complete(
-        self,
-        prompts: Sequence[Prompt],
-        params: Params | None = None,
-        on_text: Callable[[int, str], None] | None = None,
-    ) -> list[Completion]:
-        """Continue prompts; with n > 1 each has n results, one after the other.
-
-        Args:
-            prompts: texts, which get a BOS, or ids, which are taken as they are.
-            params: one for all, or one for each prompt.
-            on_text: called with the number of the result and each new piece of its text.
-
-        Raises:
-            ValueError: a prompt is empty or longer than the context.
-        """
-        prompts = _listed(prompts)
-        ids = [self.tokenizer.encode(p, bos=True) if isinstance(p, str) else p for p in prompts]
-        return self._generate(ids, params, (self.tokenizer.eos_id,), on_text)
-
-    def infill(
-        self,
-        gaps: Sequence[tuple[str, str]],
-        params: Params | None = None,
-        suffix_first: bool = False,
-        on_text: Callable[[int, str], None] | None = None,
-    ) -> list[Completion]:
-        """Write what stands between each (prefix, suffix).
-
-        Raises:
-            ValueError: the model was not trained to infill, or a prompt is too long.
-        """
-        ids = [self.tokenizer.encode_infilling(p, s, suffix_first) for p, s in gaps]
-        return self._generate(ids, params, self._infilling_stops(), on_text)
-
-    def chat(
-        self,
-        dialogs: Sequence[Sequence[Message]],
-        params: Params | None = None,
-        on_text: Callable[[int, str], None] | None = None,
-    ) -> list[Completion]:
-        """Answer dialogs of {"role", "content"} messages that end with the user's.
-
-        Raises:
-            ValueError: roles out of order, a tag of the format in a message, or a long dialog.
-        """
-        ids = [self.tokenizer.encode_dialog(dialog) for dialog in dialogs]
-        return self._generate(ids, params, chat_stop_ids(self.tokenizer), on_text)
-
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
-        """Continue one prompt and yield its text as it comes, never a broken character.
-
-        Closing the iterator ends the generation.
-        """
-        ids = self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
-        yield from self._stream(ids, params, (self.tokenizer.eos_id,))
-
-    def stream_infill(
-        self,
-        prefix: str,
-        suffix: str,
-        params: SamplingParams | None = None,
-        suffix_first: bool = False,
-    ) -> Iterator[str]:
-        """As `stream`, for the text between a prefix and a suffix."""
-        ids = self.tokenizer.encode_infilling(prefix, suffix, suffix_first)
-        yield from self._stream(ids, params, self._infilling_stops())
-
-    def stream_chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None
-    ) -> Iterator[str]:
-        """As `stream`, for the answer to a dialog."""
-        ids = self.tokenizer.encode_dialog(messages)
-        yield from self._stream(ids, params, chat_stop_ids(self.tokenizer))
-
     def score(self, prompts: Sequence[Prompt]) -> list[list[float]]:
         """Log-probabilities (natural) of given texts, one for each token after the first.
 
@@ -201,7 +125,7 @@ class Engine:
             ValueError: a text is longer than the context.
         """
         results = []
-        for prompt in _listed(prompts):
+        for prompt in prompts:
             ids = self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
             if len(ids) > self.max_context:
                 raise ValueError(
@@ -229,9 +153,7 @@ class Engine:
         Raises:
             ValueError: the prompt is empty or longer than the context, or n is not 1.
         """
-        if params.n != 1:
-            raise ValueError("n > 1: submit once for each")
-        [sequence] = self._sequences(prompt, params, stop_ids)
+        sequence = self._sequence(Ask(prompt, stop_ids, params=params))
         return self._batcher.submit(sequence, listener, every_step)
 
     async def pieces(
@@ -271,41 +193,8 @@ class Engine:
         """End everything that runs or waits; callers get what there is, as `cancelled`."""
         self._batcher.cancel()
 
-    def _infilling_stops(self) -> tuple[int, ...]:
-        eot = self.tokenizer.eot_id
-        return (self.tokenizer.eos_id,) if eot is None else (self.tokenizer.eos_id, eot)
-
-    def _generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: Params | None,
-        stops: tuple[int, ...],
-        on_text: Callable[[int, str], None] | None,
-    ) -> list[Completion]:
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(f"{len(params)} sampling params for {len(prompts)} prompts")
-        sequences: list[Running] = []
-        for prompt, settings in zip(prompts, params, strict=True):
-            sequences += self._sequences(prompt, settings, stops)
-        for number, piece in self._run(sequences, on_text is not None):
-            if on_text and piece.text:
-                on_text(number, piece.text)
-        return [sequence.completion() for sequence in sequences]
-
-    def _stream(
-        self, prompt: Sequence[int], params: SamplingParams | None, stops: tuple[int, ...]
-    ) -> Iterator[str]:
-        params = params or SamplingParams()
-        if params.n != 1:
-            raise ValueError("n > 1 cannot be streamed; call once for each")
-        for _, piece in self._run(self._sequences(prompt, params, stops), every_step=True):
-            if piece.text:
-                yield piece.text
-
-    def _run(self, sequences: list[Running], every_step: bool) -> Iterator[tuple[int, Piece]]:
-        """The pieces of some sequences as they come; closing it ends them."""
+    def _run(self, asks: Sequence[Ask], every_step: bool) -> Iterator[tuple[int, Piece]]:
+        sequences = list(map(self._sequence, asks))
         news: SimpleQueue[int] = SimpleQueue()
         generations: list[Generation] = []
         running = set(range(len(sequences)))
@@ -324,29 +213,21 @@ class Engine:
         finally:
             self._batcher.cancel(generations)
 
-    def _sequences(
-        self, prompt: Sequence[int], params: SamplingParams, stops: Sequence[int]
-    ) -> list[Running]:
-        """The n sequences of a prompt; each has a seed of its own."""
+    def _sequence(self, ask: Ask) -> Running:
+        prompt: Any = ask.prompt
+        params = ask.params
+        if params.n != 1:
+            raise ValueError("n > 1 comes from `complete`, `infill` and `chat` only")
         self._check_ids([*prompt, *(token for token, _ in params.logit_bias)])
         matcher = None
         if params.schema is not None:
             from codellama.engine.grammar import matcher_of
 
             matcher = matcher_of(self.tokenizer, params.schema)
-        first = secrets.randbits(48) if params.seed is None else params.seed
-        return [
-            Running(
-                self.tokenizer,
-                prompt,
-                params,
-                stops,
-                self.max_context,
-                first + i,
-                matcher and matcher.deep_copy(),
-            )
-            for i in range(params.n)
-        ]
+        seed = secrets.randbits(48) if params.seed is None else params.seed
+        return Running(
+            self.tokenizer, prompt, params, ask.stop_ids, self.max_context, seed, matcher
+        )
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         """Others would read memory beyond the embedding's end."""
@@ -354,10 +235,3 @@ class Engine:
         if ids and (min(ids) < 0 or max(ids) >= n_ids):
             wrong = next(token for token in ids if not 0 <= token < n_ids)
             raise ValueError(f"token id {wrong}: expected one in [0, {n_ids - 1}]")
-
-
-def _listed(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """A single text would be taken for a list of characters."""
-    if isinstance(prompts, str):
-        raise ValueError("expected a list of prompts, got one text")
-    return list(prompts)

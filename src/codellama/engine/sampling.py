@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MAX_TOKENS = 2**31 - 1
 MAX_BIAS = 100.0  # what OpenAI's interface allows; a logit so far from the others decides
@@ -89,6 +89,13 @@ class SamplingParams:
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop = {text!r}: expected texts that are not empty")
+
+    def split(self) -> list[SamplingParams]:
+        """The settings of each of the n texts; each has a seed of its own."""
+        if self.n == 1:
+            return [self]
+        seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
+        return [replace(self, n=1, seed=seed) for seed in seeds]
 
     @property
     def has_penalties(self) -> bool:

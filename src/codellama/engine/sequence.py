@@ -177,24 +177,6 @@ class Sequence(Job):
         self._n_read, self._n_chars_read = len(ids), len(self.text)
         return piece
 
-    def completion(self) -> Completion:
-        """The result, once it is finished.
-
-        Raises:
-            Exception: what made it fail.
-        """
-        if self.error is not None:
-            raise self.error
-        assert self.finish_reason is not None
-        return Completion(
-            self.text,
-            tuple(self.token_ids),
-            tuple(self.logprobs) if self.params.logprobs else None,
-            self.finish_reason,
-            self.n_prompt,
-            tuple(self.top_logprobs) if self.params.top_logprobs else None,
-        )
-
     def _finish(self, reason: str, is_stop_string: bool = False) -> str:
         self.finish_reason = reason
         if not is_stop_string:

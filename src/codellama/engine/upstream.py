@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import httpx
 
+from codellama.engine.generator import Ask
 from codellama.engine.sampling import MAX_TOKENS, SamplingParams
 from codellama.engine.sequence import Piece
 from codellama.tokenizer import Tokenizer
@@ -33,17 +34,6 @@ class FailedError(Exception):
     def __init__(self, reason: str, wait_s: float = 0.0) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One text that is wanted."""
-
-    path: str
-    body: dict[str, Any]
-    params: SamplingParams
-    n_prompt: int = 0
-    """Ids of the prompt; 0 where it is sent as text."""
 
 
 class Upstream:
@@ -97,9 +87,12 @@ class Upstream:
             raise FailedError("/models has not OpenAI's form") from None
 
     async def pieces(
-        self, client: httpx.AsyncClient, ask: Ask, streams: bool
+        self, client: httpx.AsyncClient, ask: Ask, streams: bool, echo: bool = False
     ) -> AsyncGenerator[Piece]:
         """The pieces of a text, the last of them without text.
+
+        Args:
+            echo: the log-probabilities are to begin with those of the prompt.
 
         Raises:
             ValueError: the server refuses the request.
@@ -108,11 +101,17 @@ class Upstream:
         """
         if self.model is None:
             await self.describe(client)
-        body = ask.body | {"model": self.model, "stream": streams}
+        path, body = request_of(ask)
+        body |= {"model": self.model, "stream": streams}
         if streams:
             body["stream_options"] = {"include_usage": True}
+        if echo:
+            body["echo"] = True
+        if self._tokenizer is not None and self._tokenizer.eot_id in ask.stop_ids:
+            # What servers that do not know stop_token_ids may write for it.
+            body["stop"] = [*ask.params.stop, " <EOT>"]
         finish, n_cached = None, 0
-        async with client.stream("POST", self.url + ask.path, json=body) as response:
+        async with client.stream("POST", self.url + path, json=body) as response:
             await _check(response)
             async for data in _parts(response, streams):
                 try:
@@ -164,14 +163,20 @@ class Upstream:
         return ids[0] if len(ids) == 1 else Tokenizer.unk_id
 
 
-def fields_of(params: SamplingParams, is_chat: bool = False) -> dict[str, Any]:
-    """The settings in the fields of a request; what is as usual is left out."""
-    usual = SamplingParams()
+def request_of(ask: Ask) -> tuple[str, dict[str, Any]]:
+    """Where a text is asked for, and in which fields; what is as usual is left out."""
+    params, usual = ask.params, SamplingParams()
     body: dict[str, Any] = {
         "max_tokens": params.max_tokens,
         "temperature": params.temperature,
         "return_token_ids": True,
     }
+    is_chat = not isinstance(ask.prompt, str) and isinstance(next(iter(ask.prompt), 0), dict)
+    body["messages" if is_chat else "prompt"] = ask.prompt
+    if ask.suffix is not None:
+        body["suffix"] = ask.suffix
+    if ask.stop_ids:
+        body["stop_token_ids"] = ask.stop_ids
     for name in _SAME_NAMES:
         if (value := getattr(params, name)) != getattr(usual, name):
             body[name] = value
@@ -185,7 +190,7 @@ def fields_of(params: SamplingParams, is_chat: bool = False) -> dict[str, Any]:
         schema = json.loads(params.schema)
         named = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
         body["response_format"] = named if schema else {"type": "json_object"}
-    return body
+    return "/chat/completions" if is_chat else "/completions", body
 
 
 async def _parts(response: httpx.Response, streams: bool) -> AsyncGenerator[bytes]:

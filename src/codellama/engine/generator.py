@@ -1,0 +1,168 @@
+"""What can be asked of a model, wherever it runs: the interface of Engine and Endpoint.
+
+Prompts become ids here, together with the ids that end what follows them; where there is no
+tokenizer, the server has one. How texts are run is up to the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from codellama.engine.sampling import SamplingParams
+from codellama.engine.sequence import Completion, Piece
+from codellama.tokenizer.chat import Message
+from codellama.tokenizer.chat import stop_ids as chat_stop_ids
+from codellama.tokenizer.infilling import stop_ids as infilling_stop_ids
+
+Prompt = str | Sequence[int]
+Params = SamplingParams | Sequence[SamplingParams]
+OnText = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One text that is wanted."""
+
+    prompt: Prompt | Sequence[Message]
+    """Ids; texts and messages only where there is no tokenizer."""
+    stop_ids: Sequence[int] = ()
+    suffix: str | None = None
+    """What stands behind the gap, where the prompt is a text."""
+    params: SamplingParams = field(default_factory=SamplingParams)
+    """With n = 1."""
+
+
+class Generator:
+    """Generates with one model; texts may be asked for from many threads."""
+
+    tokenizer: Any
+    """A Tokenizer; at an Endpoint None where it was given none."""
+
+    def complete(
+        self, prompts: Sequence[Prompt], params: Params | None = None, on_text: OnText | None = None
+    ) -> list[Completion]:
+        """Continue prompts; with n > 1 each has n results, one after the other.
+
+        Args:
+            prompts: texts, which get a BOS, or ids, which are taken as they are.
+            params: one for all, or one for each prompt.
+            on_text: called with the number of the result and each new piece of its text.
+
+        Raises:
+            ValueError: a prompt is empty or longer than the context, or a server refuses it.
+            ConnectionError: no server answers.
+        """
+        if isinstance(prompts, str):  # it would be taken for a list of characters
+            raise ValueError("expected a list of prompts, got one text")
+        return self._generate(list(map(self._continuation, prompts)), params, on_text)
+
+    def infill(
+        self,
+        gaps: Sequence[tuple[str, str]],
+        params: Params | None = None,
+        suffix_first: bool = False,
+        on_text: OnText | None = None,
+    ) -> list[Completion]:
+        """Write what stands between each (prefix, suffix).
+
+        Raises:
+            ValueError: the model was not trained to infill, or a prompt is too long.
+        """
+        asks = [self._gap(prefix, suffix, suffix_first) for prefix, suffix in gaps]
+        return self._generate(asks, params, on_text)
+
+    def chat(
+        self,
+        dialogs: Sequence[Sequence[Message]],
+        params: Params | None = None,
+        on_text: OnText | None = None,
+    ) -> list[Completion]:
+        """Answer dialogs of {"role", "content"} messages that end with the user's.
+
+        Raises:
+            ValueError: roles out of order, a tag of the format in a message, or a long dialog.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return self._generate(list(map(Ask, dialogs)), params, on_text)
+        stops = chat_stop_ids(tokenizer)
+        asks = [Ask(tokenizer.encode_dialog(dialog), stops) for dialog in dialogs]
+        return self._generate(asks, params, on_text)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """Continue one prompt and yield its text as it comes, never a broken character.
+
+        Closing the iterator ends the generation.
+        """
+        return self._stream(self._continuation(prompt), params)
+
+    def stream_infill(
+        self,
+        prefix: str,
+        suffix: str,
+        params: SamplingParams | None = None,
+        suffix_first: bool = False,
+    ) -> Iterator[str]:
+        """As `stream`, for the text between a prefix and a suffix."""
+        return self._stream(self._gap(prefix, suffix, suffix_first), params)
+
+    def _run(self, asks: Sequence[Ask], every_step: bool) -> Iterator[tuple[int, Piece]]:
+        """The pieces of some texts, each with its text's number; closing it ends them.
+
+        Args:
+            every_step: in many pieces, as they come; otherwise each whole in one or two.
+        """
+        raise NotImplementedError
+
+    def _continuation(self, prompt: Prompt) -> Ask:
+        if self.tokenizer is None:
+            return Ask(prompt)
+        if isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt, bos=True)
+        return Ask(prompt, (self.tokenizer.eos_id,))
+
+    def _gap(self, prefix: str, suffix: str, suffix_first: bool) -> Ask:
+        if self.tokenizer is not None:
+            ids = self.tokenizer.encode_infilling(prefix, suffix, suffix_first)
+            return Ask(ids, infilling_stop_ids(self.tokenizer))
+        if suffix_first:
+            raise ValueError("suffix_first: an endpoint needs the model's tokenizer for it")
+        return Ask(prefix, suffix=suffix)
+
+    def _generate(
+        self, asks: Sequence[Ask], params: Params | None, on_text: OnText | None
+    ) -> list[Completion]:
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(asks)
+        if len(params) != len(asks):
+            raise ValueError(f"{len(params)} sampling params for {len(asks)} prompts")
+        asks = [
+            replace(ask, params=each)
+            for ask, settings in zip(asks, params, strict=True)
+            for each in settings.split()
+        ]
+        parts: list[list[Piece]] = [[] for _ in asks]
+        for number, piece in self._run(asks, on_text is not None):
+            parts[number].append(piece)
+            if on_text and piece.text:
+                on_text(number, piece.text)
+        return [_joined(ask, pieces) for ask, pieces in zip(asks, parts, strict=True)]
+
+    def _stream(self, ask: Ask, params: SamplingParams | None) -> Iterator[str]:
+        for _, piece in self._run([replace(ask, params=params or SamplingParams())], True):
+            if piece.text:
+                yield piece.text
+
+
+def _joined(ask: Ask, pieces: Sequence[Piece]) -> Completion:
+    wants, top = ask.params.logprobs, ask.params.top_logprobs
+    return Completion(
+        "".join(piece.text for piece in pieces),
+        tuple(token for piece in pieces for token in piece.token_ids),
+        tuple(p for piece in pieces for p in piece.logprobs) if wants else None,
+        pieces[-1].finish_reason or "",
+        0 if isinstance(ask.prompt, str) else len(ask.prompt),
+        tuple(row for piece in pieces for row in piece.top_logprobs) if top else None,
+    )
