@@ -106,7 +106,8 @@ def run_child(request: dict) -> None:
     hinder(request)
     try:
         layout = {name: request[name] for name in ("n_replicas", "n_tensor") if name in request}
-        train(recipe, request.get("stage", "code"), n_workers=request.get("n_workers", 0), **layout)
+        for stage in request.get("stages", ["code"]):
+            train(recipe, stage, n_workers=request.get("n_workers", 0), **layout)
     except TrainingStopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         code = 7

@@ -185,13 +185,42 @@ def test_killed_run_ends_as_the_unbroken_one(
 
 def test_killed_at_random_moments(run_in_children, unbroken, work):
     moments = random.Random(0)
-    (whole,) = run_in_children(work, {"stage": "code"})
+    (whole,) = run_in_children(work, {})
     shutil.rmtree(work / "runs")
     kills = [{"kill_after_s": moments.uniform(0, 0.7) * whole["seconds"]} for _ in range(8)]
     *killed, last = run_in_children(work, *kills, {})
     assert sum(result["code"] == -signal.SIGKILL for result in killed) >= 4
     assert last["code"] == 0, last["log"]
     assert_same_run(work, unbroken)
+
+
+@pytest.mark.slow
+def test_twenty_kills_in_two_stages(run_in_children, tmp_path):
+    """At random moments; the second stage does not infill and has a longer context."""
+    more = 'init = "code"\nseq_len = 128\nfim_rate = 0.0\nrope_theta = 1e6\nmicro_batch = 2\n'
+    folders = tmp_path / "whole", tmp_path / "killed"
+    for folder in folders:
+        make_project(folder)
+        recipe = folder / "recipe.toml"
+        text = recipe.read_text()
+        stage = text[text.index("[stages.code]") :]
+        kept = [line for line in stage.splitlines()[1:] if not line.startswith(("seq", "micro"))]
+        recipe.write_text(text + "[stages.more]\n" + more + "\n".join(kept) + "\n")
+    both = {"stages": ["code", "more"]}
+    (whole,) = run_in_children(folders[0], both)
+    assert whole["code"] == 0, whole["log"]
+    moments, n_kills, result = random.Random(1), 0, {"code": 1}
+    while n_kills < 20 or result["code"] != 0:
+        kill = {"kill_after_s": moments.uniform(0, 0.4) * whole["seconds"]}
+        (result,) = run_in_children(folders[1], both | (kill if n_kills < 20 else {}))
+        assert result["code"] in (0, -signal.SIGKILL), result["log"]
+        n_kills += result["code"] == -signal.SIGKILL
+        if result["code"] == 0:  # after about five kills; then it begins again
+            for stage in both["stages"]:
+                assert weights(folders[1], stage) == weights(folders[0], stage)
+                rows = [training_rows(folder, stage) for folder in folders]
+                assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+            shutil.rmtree(folders[1] / "runs")
 
 
 def test_kill_behind_the_last_state(run_in_children, unbroken, work):
