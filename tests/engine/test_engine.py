@@ -42,7 +42,7 @@ def is_empty(engine):
     """Whether nothing runs, waits, or holds a block."""
     engine._batcher.wait_until_idle()
     check(engine._scheduler.pool, [])
-    assert not engine._batcher._generations
+    assert not engine._batcher._listeners
     assert not engine._batcher._streamed
     return not engine._scheduler.running and not engine._scheduler.n_waiting
 

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from codellama.engine.runner import Chosen, Runner
 from codellama.engine.scheduler import Scheduler
@@ -20,14 +21,12 @@ from codellama.engine.speculate import Speculator
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class Generation:
     """A submitted sequence as its caller sees it."""
 
-    def __init__(
-        self, batcher: Batcher, sequence: Sequence, listener: Callable[[], object]
-    ) -> None:
-        self._batcher, self._sequence = batcher, sequence
-        self._listener = listener
+    sequence: Sequence
+    batcher: Batcher
 
     def read(self) -> Piece:
         """What came since the last call.
@@ -35,21 +34,12 @@ class Generation:
         Raises:
             Exception: what made it fail.
         """
-        with self._batcher.lock:
-            return self._sequence.read()
+        with self.batcher.lock:
+            return self.sequence.read()
 
     def cancel(self) -> None:
         """End it now, with what there is; its blocks are free at once."""
-        self._batcher.cancel([self])
-
-    @property
-    def sequence(self) -> Sequence:
-        """The engine's side of it."""
-        return self._sequence
-
-    def announce(self) -> None:
-        """Tell the caller that there is news."""
-        self._listener()
+        self.batcher.cancel([self])
 
 
 class Batcher:
@@ -61,7 +51,7 @@ class Batcher:
         self.lock = threading.RLock()
         self.scheduler = scheduler
         self._runner, self._speculator = runner, speculator
-        self._generations: dict[Sequence, Generation] = {}
+        self._listeners: dict[Sequence, Callable[[], object]] = {}
         self._streamed: set[Sequence] = set()
         self._plan: list[tuple[Sequence, int]] = []
         self._in_step: set[Sequence] = set()
@@ -84,7 +74,7 @@ class Batcher:
             ValueError: the sequence can never fit in the cache.
             RuntimeError: the thread died.
         """
-        generation = Generation(self, sequence, listener)
+        generation = Generation(sequence, self)
         with self.lock:
             if self.failure is not None:
                 raise RuntimeError(self.failure)
@@ -92,7 +82,7 @@ class Batcher:
                 listener()
                 return generation
             self.scheduler.add(sequence)
-            self._generations[sequence] = generation
+            self._listeners[sequence] = listener
             if every_step:
                 self._streamed.add(sequence)
             if self._thread is None:
@@ -104,11 +94,13 @@ class Batcher:
         """End some generations, or all; those that are finished are left as they are."""
         with self.lock:
             if generations is None:
-                generations = list(self._generations.values())
-            for generation in generations:
-                if generation.sequence.finish_reason is None:
-                    generation.sequence.cancel()
-                    self._finish(generation.sequence)
+                sequences = list(self._listeners)
+            else:
+                sequences = [generation.sequence for generation in generations]
+            for sequence in sequences:
+                if sequence.finish_reason is None:
+                    sequence.cancel()
+                    self._finish(sequence)
 
     def wait_until_idle(self) -> None:
         """Return once the thread has ended."""
@@ -125,10 +117,10 @@ class Batcher:
             _log.exception("the engine has stopped")
             with self.lock:
                 self.failure = f"the engine has stopped: {type(error).__name__}: {error}"
-                for generation in self._generations.values():
-                    generation.sequence.fail(RuntimeError(self.failure))
-                    generation.announce()
-                self._generations.clear()
+                for sequence, listener in self._listeners.items():
+                    sequence.fail(RuntimeError(self.failure))
+                    listener()
+                self._listeners.clear()
 
     def _try_step(self) -> bool:
         self._plan = []
@@ -137,7 +129,7 @@ class Batcher:
         except Exception as error:  # noqa: BLE001  whatever it is, its callers must hear of it
             with self.lock:
                 self._in_step = set()
-                for sequence in [s for s, _ in self._plan] or list(self._generations):
+                for sequence in [s for s, _ in self._plan] or list(self._listeners):
                     self.scheduler.remove(sequence)  # also one that was cancelled meanwhile
                     self._fail(sequence, error)
             return True
@@ -184,7 +176,7 @@ class Batcher:
         if sequence.finish_reason is not None:
             self._finish(sequence)
         elif len(sequence.text) > n_chars and sequence in self._streamed:
-            self._generations[sequence].announce()
+            self._listeners[sequence]()
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         if sequence.finish_reason is None:
@@ -195,6 +187,5 @@ class Batcher:
         if sequence not in self._in_step:
             self.scheduler.remove(sequence)
         self._streamed.discard(sequence)
-        generation = self._generations.pop(sequence, None)
-        if generation is not None:
-            generation.announce()
+        if (listener := self._listeners.pop(sequence, None)) is not None:
+            listener()

@@ -83,25 +83,20 @@ class Endpoint(Generator):
         if any(isinstance(ask.prompt, str) for ask in asks):
             raise ValueError("score: an endpoint needs the model's tokenizer for texts")
         results: list[list[float]] = [[] for _ in asks]
-        asked = [number for number, ask in enumerate(asks) if len(ask.prompt) > 1]
-        for place, piece in self._run([asks[number] for number in asked], False, echo=True):
+        for number, piece in self._run(asks, every_step=False, echo=True):
             if piece.finish_reason is None:
-                number = asked[place]
                 results[number] = list(piece.logprobs[1 : len(asks[number].prompt)])
         for ask, scores in zip(asks, results, strict=True):
-            if len(scores) != max(0, len(ask.prompt) - 1) or None in scores:
+            if len(scores) != len(ask.prompt) - 1 or None in scores:
                 names = ", ".join(upstream.url for upstream in self._upstreams)
                 raise ValueError(f"{names}: gives no log-probabilities of prompts (echo)")
         return results
 
-    async def pieces(
+    def pieces(
         self, prompt: Sequence[int], params: SamplingParams, stop_ids: Sequence[int]
     ) -> AsyncGenerator[Piece]:
         """As `Engine.pieces`."""
-        ask = Ask(prompt, stop_ids, params=params)
-        async with aclosing(self._pieces(ask, streams=True)) as pieces:
-            async for piece in pieces:
-                yield piece
+        return self._pieces(Ask(prompt, stop_ids, params=params), streams=True)
 
     def cancel(self) -> None:
         """End all that was asked through this, except `pieces`; callers get what there is."""

@@ -38,14 +38,14 @@ def generate_greedy(
     logprobs: list[float] = []
     for _ in range(max_tokens):
         logits = model(torch.tensor([[*prompt, *written]], device=device))[0, -1]
-        changed = logits if params is None else change(logits.clone(), prompt, written, params)
+        changed = logits if params is None else change(logits, prompt, written, params)
         if params is not None and params.schema is not None and tokenizer is not None:
-            allowed = allowed_ids(tokenizer, params.schema, written)
-            if allowed == [tokenizer.eos_id]:
+            matcher = matcher_of(tokenizer, params.schema)
+            matcher.consume_tokens(written)
+            if matcher.is_stopped():
                 break
-            changed = torch.full_like(logits, -torch.inf).index_copy(
-                0, torch.tensor(allowed), changed[allowed]
-            )
+            allowed = torch.tensor(list(matcher.compute_logit_bias())) > 0
+            changed = changed.masked_fill(~allowed, -torch.inf)
         token = int(changed.argmax())
         if token in stop_ids:
             break
@@ -60,6 +60,7 @@ def change(
     logits: Tensor, prompt: Sequence[int], written: Sequence[int], params: SamplingParams
 ) -> Tensor:
     """Penalties and biases, one token at a time."""
+    logits = logits.clone()
     for token in {*prompt, *written}:
         value, n = float(logits[token]), written.count(token)
         factor = params.repetition_penalty
@@ -69,10 +70,3 @@ def change(
     for token, bias in params.logit_bias:
         logits[token] += bias
     return logits
-
-
-def allowed_ids(tokenizer: Tokenizer, schema: str, written: Sequence[int]) -> list[int]:
-    """The ids that may follow a text, which is read from its beginning."""
-    matcher = matcher_of(tokenizer, schema)
-    assert matcher.consume_tokens(list(written))
-    return [i for i, allowed in enumerate(matcher.compute_logit_bias()) if allowed]
