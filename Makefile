@@ -22,8 +22,9 @@ fix: .venv/ready-dev  ## apply what the formatter and the linter can mend
 speedrun: .venv/ready  ## from raw source code to a trained tiny model, about two hours on two cores
 	$(BIN)/codellama run recipes/tiny.toml
 
-bench: .venv/ready-dev  ## measurements beside other implementations
-	$(BIN)/python bench/train_step.py
+bench: .venv/ready-dev  ## speed beside other implementations; half an hour on an idle machine
+	for name in train_step decode engine_guesses engine_long_context sandbox serve; do \
+		$(BIN)/codellama bench $$name || exit 1; done
 
 docs: .venv/ready-dev  ## regenerate docs/cli.md
 	$(BIN)/python docs/make_cli.py

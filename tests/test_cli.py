@@ -224,6 +224,16 @@ def test_inspect_a_run_and_a_corpus(call, tmp_path):
     assert re.search(r"too small +7", out)
 
 
+def test_bench(call):
+    _, out, _ = call("bench")
+    assert re.search(r"^train_step +Training steps of one shape", out, re.MULTILINE)
+    command = [sys.executable, "-m", "codellama", "bench", "train_step", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--seq-len" in shown.stdout  # the script's own options
+    code, _, err = call("bench", "nothing")
+    assert (code, "expected one of" in err) == (2, True)
+
+
 def test_options_name_what_loads():
     assert tuple(options.Precision) == LOAD_DTYPES
     assert tuple(options.Format) == FORMATS

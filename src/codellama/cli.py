@@ -16,7 +16,7 @@ import typer
 
 from codellama import terminal
 from codellama.artifact import code_version
-from codellama.commands import build, evaluate, files, generate, sandbox, selfinstruct, serve
+from codellama.commands import bench, build, evaluate, files, generate, sandbox, selfinstruct, serve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,6 +41,14 @@ for command in (
 ):
     app.command()(command)
 
+# What follows the name belongs to the script, --help too.
+app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    }
+)(bench.bench)
 app.command("eval")(evaluate.evaluate)
 app.command()(evaluate.score)
 app.command()(evaluate.compare)
