@@ -264,6 +264,13 @@ def test_right_program_passes(name, pool):
     assert outcome.n_calls > 0 or outcome.in_process
 
 
+@pytest.mark.parametrize("text", ["nonsense", "[]", "[" * 50_000, '{"message": 1}', "\xff"])
+def test_a_verdict_that_the_candidate_wrote_is_no_error(text, pool):
+    """In one process with the tests it can write there what it wants."""
+    candidate = f"import os\nos.write(5, {text.encode('latin-1')!r})\nos._exit(0)"
+    assert pool.judge(candidate, "assert f(2) == 2", in_process=True).status == "failed"
+
+
 # An object that answers True to everything, against tests that a plain value would have to meet.
 _FAKE = (
     "class Fake:\n"

@@ -114,7 +114,7 @@ class Worker:
             if program:
                 program.stop()
                 answer = program.finish(limits.timeout_s)
-            verdict = json.loads(verdict_file.read(1 << 16) or "{}")
+            verdict = _read_verdict(verdict_file.read(1 << 16))
             shown = judge_files if in_process else files
             status, message = _judged(verdict, judge_answer, answer, shown, limits)
             if answer is not judge_answer:
@@ -209,6 +209,15 @@ def _status(
     return "passed", ""
 
 
+def _read_verdict(text: bytes) -> dict[str, Any]:
+    """What was written; in one process with the tests, a candidate can write anything."""
+    with contextlib.suppress(ValueError, RecursionError):
+        verdict = json.loads(text)
+        if isinstance(verdict, dict):
+            return verdict
+    return {}
+
+
 def _judged(
     verdict: dict[str, Any],
     judge: dict[str, Any],
@@ -219,7 +228,7 @@ def _judged(
     """The verdict decides; the candidate's own end only explains a bad one."""
     if verdict.get("passed") is True:
         return "passed", ""
-    message = verdict.get("message", "the tests ended before a verdict")
+    message = str(verdict.get("message", "the tests ended before a verdict"))
     status, why = _status(answer, files, limits)
     if judge.get("timed_out") or (judge.get("killed") and not verdict):
         status, why = "timeout", f"the checks took more than {limits.timeout_s:g} s"
