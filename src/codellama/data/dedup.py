@@ -23,11 +23,10 @@ def normalised_key(text: str) -> bytes:
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:KEY_BYTES]
 
 
-def is_duplicate(keys: np.ndarray) -> np.ndarray:
-    """True for each key that stands further ahead already.
+def first_copies(keys: np.ndarray) -> np.ndarray:
+    """For each key the place of the first one that is equal to it.
 
     keys: [n] of 16-byte void or string type, the preferred documents first.
     """
-    result = np.ones(len(keys), bool)
-    result[np.unique(keys, return_index=True)[1]] = False
-    return result
+    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+    return first[which]

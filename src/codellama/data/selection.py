@@ -166,16 +166,13 @@ def select(corpus: Corpus, staged: list[Staged], folder: Path) -> Selection:
         ValueError: one of the other corpora cannot be compared with this one.
     """
     near = corpus.near_duplicates
-    fixed, n_fixed = None, 0
+    fixed, stored = _read_others(corpus.against, near)
     spill = folder / "signatures.tmp"
     with spill.open("wb") as file:
-        if corpus.against:
-            fixed, stored = _read_others(corpus.against, near)
-            n_fixed = len(fixed.key)
-            file.write(stored)
+        file.write(stored)
         tables: list[pa.Table] = []
         n_other: Counter[str] = Counter()
-        n_signatures = n_fixed
+        n_signatures = len(fixed.key)
         for number, part in enumerate(staged):
             table, place = _read_light(part, near is not None, n_signatures, file)
             n_signatures += int((place >= 0).sum())

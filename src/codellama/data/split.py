@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from codellama.data.dedup import is_duplicate
+from codellama.data.dedup import KEY_BYTES, first_copies
 from codellama.data.near_dedup import representatives
 from codellama.data.wheels import normalised_name
 from codellama.recipe import Corpus
@@ -45,8 +45,11 @@ class Fixed:
     n_bytes: np.ndarray
 
 
+NONE_FIXED = Fixed(np.zeros(0, f"V{KEY_BYTES}"), np.zeros(0, np.int64))
+
+
 def assign_splits(
-    corpus: Corpus, rows: Rows, signatures: np.ndarray | None = None, fixed: Fixed | None = None
+    corpus: Corpus, rows: Rows, signatures: np.ndarray | None = None, fixed: Fixed = NONE_FIXED
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decide the split of each row, mark duplicates, and name the row that stands for each.
 
@@ -64,28 +67,28 @@ def assign_splits(
     stands_for = np.arange(n_rows)
     candidates = np.flatnonzero([reason is None for reason in rows.reason])
     order = candidates[np.lexsort((candidates, rows.source[candidates], ~held[candidates]))]
-    n_fixed = len(fixed.key) if fixed else 0
-    keys = np.concatenate([fixed.key, rows.key[order]]) if fixed else rows.key[order]
-    twice = is_duplicate(keys)[n_fixed:]
-    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
-    original = first[which][n_fixed:] - n_fixed
-    stands_for[order] = np.where(original >= 0, order[np.maximum(original, 0)], -1)
-    rows.reason[order[twice]] = "duplicate"
-    order = order[~twice]
+    n_fixed = len(fixed.key)
+
+    def drop(order: np.ndarray, first: np.ndarray, reason: str) -> np.ndarray:
+        """Leave those that stand for themselves; first: places in order, below 0 of `fixed`."""
+        stands_for[order] = np.where(first >= 0, order[np.maximum(first, 0)], -1)
+        twice = first != np.arange(len(order))
+        rows.reason[order[twice]] = reason
+        return order[~twice]
+
+    keys = np.concatenate([fixed.key, rows.key[order]])
+    order = drop(order, first_copies(keys)[n_fixed:] - n_fixed, "duplicate")
     if signatures is not None and corpus.near_duplicates and len(order):
         group = np.where(held[order], 0, 1 + len(corpus.sources)) + rows.source[order]
-        place, n_bytes = rows.place[order], rows.n_bytes[order]
-        if fixed:
-            group = np.r_[np.full(n_fixed, -1), group]
-            place = np.r_[np.arange(n_fixed), place]
-            n_bytes = np.r_[fixed.n_bytes, n_bytes]
         chosen = representatives(
-            signatures, group, n_bytes, corpus.near_duplicates, n_fixed, place
-        )[n_fixed:]
-        alike = chosen != np.arange(n_fixed, n_fixed + len(order))
-        rows.reason[order[alike]] = "near duplicate"
-        stands_for[order] = np.where(chosen >= n_fixed, order[np.maximum(chosen - n_fixed, 0)], -1)
-        order = order[~alike]
+            signatures,
+            np.r_[np.full(n_fixed, -1), group],
+            np.r_[fixed.n_bytes, rows.n_bytes[order]],
+            corpus.near_duplicates,
+            n_fixed,
+            np.r_[np.arange(n_fixed), rows.place[order]],
+        )
+        order = drop(order, chosen[n_fixed:] - n_fixed, "near duplicate")
     # What stands for a duplicate may itself have been near another.
     stands_for = np.where(stands_for >= 0, stands_for[np.maximum(stands_for, 0)], -1)
     split = np.full(n_rows, DROPPED, np.int8)
