@@ -11,44 +11,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-from codellama.engine.sampling import SamplingParams
-from codellama.engine.sequence import Completion
 from codellama.eval.datasets import DataFile, data_file
 from codellama.eval.judges import Judge
 from codellama.tokenizer.chat import Message
 
+if TYPE_CHECKING:
+    from codellama.engine.endpoint import Endpoint
+    from codellama.engine.engine import Engine
+
 Kind = Literal["complete", "infill", "chat", "score"]
-
-
-class Generator(Protocol):
-    """What a model is asked through: the Engine in this process, or one behind an address."""
-
-    def complete(
-        self, prompts: Sequence[Any], params: Sequence[SamplingParams]
-    ) -> list[Completion]:
-        """Continue texts or ids."""
-        ...
-
-    def infill(
-        self,
-        gaps: Sequence[tuple[str, str]],
-        params: Sequence[SamplingParams],
-        suffix_first: bool = False,
-    ) -> list[Completion]:
-        """Write what stands between each prefix and suffix."""
-        ...
-
-    def chat(
-        self, dialogs: Sequence[Sequence[Message]], params: Sequence[SamplingParams]
-    ) -> list[Completion]:
-        """Answer dialogs."""
-        ...
-
-    def score(self, prompts: Sequence[Any]) -> list[list[float]]:
-        """Natural log-probabilities of each token after the first."""
-        ...
+Generator: TypeAlias = "Engine | Endpoint"
+"""What a model is asked through: in this process, or behind an address."""
 
 
 class Encoder(Protocol):
