@@ -1,6 +1,8 @@
 """Mutants, stubs, coverage, consensus and execution, each against the sandbox or brute force."""
 
 import random
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -95,3 +97,16 @@ def test_failures_of_the_sandbox_are_tried_again(monkeypatch):
     left += ["error"] * 9
     assert executing.judge(job, 1.0, executing.Patience())["status"] == "error"
     assert len(left) == 6
+
+
+def test_a_cluster_gives_the_same_rows(tmp_path, monkeypatch):
+    """With a stand-in for Ray that runs tasks at once: what is handed over and taken back."""
+    remote = lambda **_: lambda task: SimpleNamespace(remote=task)  # noqa: E731
+    ray = SimpleNamespace(init=lambda **_: None, remote=remote, get=lambda rows: rows)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(executing, "BATCH", 3)
+    jobs = [Job(str(i), f"def f(): return {i % 3}", "assert f() == 1") for i in range(7)]
+    here = execute(jobs, tmp_path / "here.jsonl", 2.0)
+    there = execute(jobs, tmp_path / "there.jsonl", 2.0, ray="auto")
+    assert list(there) == list(here)
+    assert [r["status"] for r in there.values()] == [r["status"] for r in here.values()]

@@ -13,11 +13,16 @@ from scripted import Model, main, write_recipe
 from codellama import sandbox
 from codellama.cli import run_command
 from codellama.data.mixture import Dialogs
+from codellama.engine.sequence import Completion
+from codellama.eval.scoring import check_references
+from codellama.eval.task import Setting
 from codellama.recipe import load_recipe
 from codellama.recipe_selfinstruct import SolutionWriter
 from codellama.selfinstruct.asking import open_role
 from codellama.selfinstruct.lines import read_rows
+from codellama.selfinstruct.measure import measure
 from codellama.selfinstruct.report import markdown, report
+from codellama.selfinstruct.solutions import HeldOut
 from codellama.selfinstruct.steps import Run, run_steps
 
 WHOLE = ("questions", "problems", "held_out", "verified", "dialogs")
@@ -202,3 +207,18 @@ def test_the_command_says_which_steps_there_are(done, capsys):
     assert "mine, ask, questions" in capsys.readouterr().err
     assert run_command(["selfinstruct", recipe, "--step", "select", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["funnel"]["problems held out"] == 1
+
+
+def test_measuring_counts_what_passes_all_tests(done):
+    class Half:
+        """Answers rightly every second time."""
+
+        def chat(self, dialogs, params):
+            texts = ["def double(x):\n    return x * 2", "def double(x):\n    return 4"]
+            return [Completion(texts[i % 2], (), None, "stop") for i in range(len(dialogs))]
+
+    [result] = [r for r in measure(done, done.folder, Half(), True, 10) if r["task"] == "held-out"]
+    assert result["metrics"]["pass@1"]["value"] == 0.5
+    assert result["metrics"]["pass@10"]["value"] == 1.0
+    task = HeldOut(done.rows("held_out"), Setting(), 2.0)
+    assert check_references(task)["n_passed"] == 1

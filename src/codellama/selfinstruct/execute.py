@@ -23,7 +23,7 @@ from codellama.eval.task import Patience
 from codellama.selfinstruct.lines import Row, appending, read_rows
 
 N_ERROR_RETRIES = 2  # beyond the sandbox's own
-WINDOW = 1024  # jobs that may run or be done behind one that takes its whole time
+WINDOW = 256  # jobs that may run or be done behind one that takes its whole time
 BATCH = 64  # jobs of one task on a cluster: half a second
 
 

@@ -21,14 +21,13 @@ from codellama.selfinstruct.steps import Run
 
 
 def measure(
-    run: Run, checkpoint: Path, generator: Any, chat: bool, n: int = 20, name: str | None = None
+    run: Run, checkpoint: Path, generator: Any, chat: bool, n: int = 20
 ) -> list[dict[str, Any]]:
     """pass@k of the held-out problems with intervals, and refusals of XSTest where it is there.
 
     Args:
         chat: ask in the chat format; otherwise code to continue.
         n: samples a problem; 20 give pass@10 with less noise than 10.
-        name: of the folder below `measured`; by default the checkpoint's, and the format.
 
     Raises:
         ValueError: there are no held-out problems, or samples were made with other settings.
@@ -43,8 +42,10 @@ def measure(
         tasks.append((xstest, 1))
     except (ValueError, OSError) as error:
         run.say(f"xstest: left out: {error}")
-    model = {"name": checkpoint.name, "sha256": fingerprint(checkpoint), "chat": chat}
-    folder = run.folder / "measured" / (name or f"{checkpoint.name}-{'chat' if chat else 'code'}")
+    path = checkpoint.absolute()
+    name = path.parent.name if path.name == "checkpoint" else path.name  # runs/STAGE/checkpoint
+    model = {"name": name, "sha256": fingerprint(path), "chat": chat}
+    folder = run.folder / "measured" / f"{name}-{'chat' if chat else 'code'}"
     return [_measured(run, task, n, folder, generator, model) for task, n in tasks]
 
 

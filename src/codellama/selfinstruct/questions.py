@@ -30,28 +30,20 @@ N_EXAMPLES = 10  # paper, figure 10
 MIN_CHARS, MAX_CHARS = 20, 600
 SEEDS = """
 Given opening and closing times of several shops, find the longest time in which all are open.
-Convert a duration such as "1h 20m 5s" to seconds.
 Find all words of a text that appear exactly once, in order.
 Given a grid of heights, count the cells that are higher than all their neighbours.
 Merge two dictionaries of counts, adding the numbers of keys that are in both.
-Check whether a string is a valid identifier made of letters, digits and dashes.
-Split a list into runs of equal elements.
-Compute the day of the week for a date given as year, month and day.
 Given prices by day, find the largest gain from buying once and selling once later.
 Turn a camel case name into one with underscores.
 Count how many pairs of a list of integers add up to a given number.
-Rotate a square matrix by a quarter turn.
 Format a number of bytes with a suitable unit and one decimal.
 Given a list of (name, score) pairs, return the names of the three best.
 Decode a text in which runs are written as a count and a character.
-Compute the greatest common divisor of a list of numbers.
 Remove from a path all parts that are "." or "..".
 Flatten a dictionary of dictionaries, joining keys by dots.
 Find the shortest substring that contains every letter of another string.
 Evaluate an expression in reverse Polish notation given as a list of tokens.
-Given a list of edges, say whether two nodes are connected.
 Return the n-th row of the triangle of binomial coefficients.
-Group a list of words by their sorted letters.
 Simulate a queue in which every k-th person leaves, and return the last one.
 """.strip().splitlines()
 

@@ -76,7 +76,7 @@ class HeldOut(Task):
 
     name = "held-out"
     runs_programs = True
-    temperature = 0.8
+    reference_field = "reference"
     protocol = "the head of the function, continued"
     chat_protocol = "the question with one of the tests"
 
@@ -102,7 +102,3 @@ class HeldOut(Task):
         """Run all tests."""
         tests = "\n".join(problem.row["tests"])
         return judge_python(completion, tests, self._timeout_s, patience)
-
-    def reference(self, problem: Problem) -> str:
-        """The function of the package itself."""
-        return problem.row["reference"]
