@@ -124,8 +124,9 @@ class Stage(Section):
     deterministic: bool = False
     """Refuse operations whose result changes from run to run (some do, on a GPU)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    recompute: Literal["none", "full"] = "none"
-    """`full` keeps only the input of each block for the backward pass and computes it again."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: `selective` all but what matrix
+    products and attention gave, `full` all but the input of each block."""
     compile: bool = True
     seed: int = 0
     validate_every: Positive = 200

@@ -12,6 +12,7 @@ import pytest
 import torch
 from projects import make_project, training_rows
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from codellama.data.loader import Batch, Loader
 from codellama.data.mixture import open_mixture
@@ -623,11 +624,25 @@ def test_adapters_are_trained_and_merged(run_in_children, unbroken, tmp_path):
     }
 
 
-def test_recomputation_changes_no_loss(run_in_children, unbroken, work):
-    overrides = ["stages.code.recompute=full"]
+@pytest.mark.parametrize("way", ["selective", "full"])
+def test_recomputation_changes_no_loss(run_in_children, unbroken, work, way):
+    overrides = [f"stages.code.recompute={way}"]
     (result,) = run_in_children(work, {"overrides": overrides})
     assert result["code"] == 0, result["log"]
     assert losses(work) == losses(unbroken)
+
+
+def test_selective_recomputation_repeats_no_product(unbroken, model):
+    flops = {}
+    for way in ("none", "selective", "full"):
+        fresh = prepared(
+            Transformer(model.config), stage_with(unbroken, f"stages.code.recompute={way}")
+        )
+        fresh.initialise(torch.Generator().manual_seed(0))
+        with FlopCounterMode(display=False) as counter:
+            fresh(torch.zeros(4, 64, dtype=torch.int64)).sum().backward()
+        flops[way] = counter.get_total_flops()
+    assert flops["none"] == flops["selective"] < flops["full"]
 
 
 def test_recomputation_keeps_less(unbroken, model):

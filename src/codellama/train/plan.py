@@ -70,6 +70,9 @@ def activation_bytes_per_token(config: ModelConfig, recompute: str) -> float:
     d, f, n_layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     kv_width = config.num_key_value_heads * config.head_dim
     block = 2 * 4 * d + 2 * (2 * d + d + 2 * kv_width + d + 3 * f) + 4 * config.num_attention_heads
+    if recompute == "selective":  # q, k, v, attention, gate, up, and what is added to the residual
+        products = 2 * (4 * d + 2 * kv_width + 2 * f) + 4 * config.num_attention_heads
+        return n_layers * (4 * d + products) + block
     if recompute == "full":
         return n_layers * 4 * d + 2 * block + 2 * 4 * d
     return n_layers * block

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from codellama.model.config import ModelConfig
 from codellama.model.lora import LoraSettings, add_adapters
@@ -18,6 +23,7 @@ from codellama.tokenizer import Tokenizer
 from codellama.tokenizer.variants import VARIANTS
 from codellama.weights import build_model, open_weights
 
+_PRODUCTS = {"aten.mm", "aten.addmm", "aten.bmm"}
 N_ADDED_PIECES = 16  # what Code Llama adds to Llama 2's vocabulary (fact sheet 2.2)
 
 
@@ -107,10 +113,22 @@ def prepared(model: Transformer, stage: Stage) -> Transformer:
     """Put in what a stage asks for besides weights: adapters, recomputation."""
     if stage.lora is not None:
         add_adapters(model, lora_settings(stage.lora), stage.seed)
-    if stage.recompute == "full":
+    if stage.recompute != "none":
+        keep = _keeping_products if stage.recompute == "selective" else noop_context_fn
         for block in model.model.layers:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=keep)
     return model.train()
+
+
+def _keeping_products() -> Any:
+    """Keep what matrix products and attention gave; the cheap rest is computed again."""
+
+    def policy(_: object, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+        name = str(getattr(operation, "overloadpacket", operation))
+        is_product = name in _PRODUCTS or "attention" in name
+        return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def _with_rows(weight: Tensor, n_rows: int, std: float, generator: torch.Generator) -> Tensor:
