@@ -13,16 +13,15 @@ import functools
 import random
 import threading
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import ExitStack, aclosing
 from dataclasses import replace
-from queue import SimpleQueue
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import httpx
 
-from codellama.engine.generator import Ask, Generator, Prompt
+from codellama.engine.generator import Ask, Generator, Prompt, Put
 from codellama.engine.sampling import MAX_TOKENS, SamplingParams
 from codellama.engine.sequence import Piece
 from codellama.engine.upstream import FailedError, Upstream
@@ -79,11 +78,11 @@ class Endpoint(Generator):
         """
         # One token more, because some servers refuse to write none.
         params = SamplingParams(1, logprobs=True)
-        asks = [replace(self._continuation(prompt), params=params) for prompt in prompts]
+        asks = [replace(self._continuation(p), params=params, echo=True) for p in prompts]
         if any(isinstance(ask.prompt, str) for ask in asks):
             raise ValueError("score: an endpoint needs the model's tokenizer for texts")
         results: list[list[float]] = [[] for _ in asks]
-        for number, piece in self._run(asks, every_step=False, echo=True):
+        for number, piece in self._run(asks, every_step=False):
             if piece.finish_reason is None:
                 results[number] = list(piece.logprobs[1 : len(asks[number].prompt)])
         for ask, scores in zip(asks, results, strict=True):
@@ -144,24 +143,21 @@ class Endpoint(Generator):
             return None
         return "; ".join(f"{upstream.url}: {upstream.problem}" for upstream in self._upstreams)
 
-    def _run(
-        self, asks: Sequence[Ask], every_step: bool, echo: bool = False
-    ) -> Iterator[tuple[int, Piece]]:
-        news: SimpleQueue[tuple[int, Piece | BaseException]] = SimpleQueue()
+    def _write(self, asks: Sequence[Ask], every_step: bool, put: Put, stack: ExitStack) -> None:
         tasks: set[asyncio.Task[None]] = set()
-        running = set(range(len(asks)))
+        stack.callback(self._cancel, tasks)
 
         async def collect(number: int, ask: Ask, limit: asyncio.Semaphore) -> None:
-            async with limit, aclosing(self._pieces(ask, every_step, echo)) as pieces:
+            async with limit, aclosing(self._pieces(ask, every_step)) as pieces:
                 async for piece in pieces:
-                    news.put((number, piece))
+                    put(number, piece)
 
         def note_end(number: int, task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
             if task.cancelled():
-                news.put((number, Piece("", (), (), (), "cancelled", 0)))
+                put(number, Piece("", (), (), (), "cancelled", 0))
             elif error := task.exception():
-                news.put((number, error))
+                put(number, error)
 
         async def start() -> None:
             limit = asyncio.Semaphore(self._n_in_flight)
@@ -171,21 +167,9 @@ class Endpoint(Generator):
                 tasks.add(task)
             self._tasks.update(tasks)
 
-        try:
-            self._wait(start())
-            while running:
-                number, item = news.get()
-                if number not in running:  # cancelled when it had just ended
-                    continue
-                if isinstance(item, BaseException):
-                    raise item
-                if item.finish_reason is not None:
-                    running.remove(number)
-                yield number, item
-        finally:
-            self._cancel(tasks)
+        self._wait(start())
 
-    async def _pieces(self, ask: Ask, streams: bool, echo: bool = False) -> AsyncGenerator[Piece]:
+    async def _pieces(self, ask: Ask, streams: bool) -> AsyncGenerator[Piece]:
         """The pieces of a text from whichever server gives it."""
         if ask.params.max_tokens == 0:  # some servers refuse it, others take it for no limit
             yield Piece("", (), (), (), "length", 0)
@@ -202,8 +186,7 @@ class Endpoint(Generator):
             has_begun, place = False, object()
             upstream.busy.add(place)
             try:
-                pieces = upstream.pieces(self._client(), ask, streams, echo)
-                async with aclosing(pieces):
+                async with aclosing(upstream.pieces(self._client(), ask, streams)) as pieces:
                     async for piece in pieces:
                         has_begun = True
                         yield piece

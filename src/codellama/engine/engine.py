@@ -12,9 +12,9 @@ import asyncio
 import contextlib
 import functools
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -22,7 +22,7 @@ import torch
 from codellama.engine.batcher import Batcher, Generation
 from codellama.engine.blocks import BLOCK_TOKENS, BlockPool
 from codellama.engine.cache import PagedCache, available_bytes
-from codellama.engine.generator import Ask, Generator, Prompt
+from codellama.engine.generator import Ask, Generator, Prompt, Put
 from codellama.engine.runner import Runner
 from codellama.engine.sampling import SamplingParams
 from codellama.engine.scheduler import STEP_TOKENS, Scheduler
@@ -193,25 +193,16 @@ class Engine(Generator):
         """End everything that runs or waits; callers get what there is, as `cancelled`."""
         self._batcher.cancel()
 
-    def _run(self, asks: Sequence[Ask], every_step: bool) -> Iterator[tuple[int, Piece]]:
-        sequences = list(map(self._sequence, asks))
-        news: SimpleQueue[int] = SimpleQueue()
+    def _write(self, asks: Sequence[Ask], every_step: bool, put: Put, stack: ExitStack) -> None:
         generations: list[Generation] = []
-        running = set(range(len(sequences)))
-        try:
-            for number, sequence in enumerate(sequences):
-                listener = functools.partial(news.put, number)
-                generations.append(self._batcher.submit(sequence, listener, every_step))
-            while running:
-                number = news.get()
-                if number not in running:  # what this news was about has been read with the last
-                    continue
-                piece = generations[number].read()
-                if piece.finish_reason is not None:
-                    running.remove(number)
-                yield number, piece
-        finally:
-            self._batcher.cancel(generations)
+        stack.callback(self._batcher.cancel, generations)
+
+        def tell(number: int, sequence: Running) -> None:
+            put(number, sequence.error or sequence.read())
+
+        for number, sequence in enumerate(list(map(self._sequence, asks))):
+            listener = functools.partial(tell, number, sequence)
+            generations.append(self._batcher.submit(sequence, listener, every_step))
 
     def _sequence(self, ask: Ask) -> Running:
         prompt: Any = ask.prompt

@@ -7,7 +7,9 @@ tokenizer, the server has one. How texts are run is up to the two.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
 from typing import Any
 
 from codellama.engine.sampling import SamplingParams
@@ -19,6 +21,7 @@ from codellama.tokenizer.infilling import stop_ids as infilling_stop_ids
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams]
 OnText = Callable[[int, str], None]
+Put = Callable[[int, Piece | BaseException], None]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Ask:
     stop_ids: Sequence[int] = ()
     suffix: str | None = None
     """What stands behind the gap, where the prompt is a text."""
+    echo: bool = False
+    """Whether log-probabilities are to begin with those of the prompt; servers only."""
     params: SamplingParams = field(default_factory=SamplingParams)
     """With n = 1."""
 
@@ -108,13 +113,31 @@ class Generator:
         """As `stream`, for the text between a prefix and a suffix."""
         return self._stream(self._gap(prefix, suffix, suffix_first), params)
 
-    def _run(self, asks: Sequence[Ask], every_step: bool) -> Iterator[tuple[int, Piece]]:
-        """The pieces of some texts, each with its text's number; closing it ends them.
+    def _write(self, asks: Sequence[Ask], every_step: bool, put: Put, stack: ExitStack) -> None:
+        """Have some texts written.
 
         Args:
             every_step: in many pieces, as they come; otherwise each whole in one or two.
+            put: called from any thread with a text's number and its next piece, or what ended it.
+            stack: gets a callback that ends what still runs.
         """
         raise NotImplementedError
+
+    def _run(self, asks: Sequence[Ask], every_step: bool) -> Iterator[tuple[int, Piece]]:
+        """The pieces of some texts, each with its text's number; closing it ends them."""
+        news: SimpleQueue[tuple[int, Piece | BaseException]] = SimpleQueue()
+        running = set(range(len(asks)))
+        with ExitStack() as stack:
+            self._write(asks, every_step, lambda *item: news.put(item), stack)
+            while running:
+                number, item = news.get()
+                if number not in running:  # cancelled when it had just ended
+                    continue
+                if isinstance(item, BaseException):
+                    raise item
+                if item.finish_reason is not None:
+                    running.remove(number)
+                yield number, item
 
     def _continuation(self, prompt: Prompt) -> Ask:
         if self.tokenizer is None:

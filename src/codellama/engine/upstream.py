@@ -87,12 +87,9 @@ class Upstream:
             raise FailedError("/models has not OpenAI's form") from None
 
     async def pieces(
-        self, client: httpx.AsyncClient, ask: Ask, streams: bool, echo: bool = False
+        self, client: httpx.AsyncClient, ask: Ask, streams: bool
     ) -> AsyncGenerator[Piece]:
         """The pieces of a text, the last of them without text.
-
-        Args:
-            echo: the log-probabilities are to begin with those of the prompt.
 
         Raises:
             ValueError: the server refuses the request.
@@ -105,7 +102,7 @@ class Upstream:
         body |= {"model": self.model, "stream": streams}
         if streams:
             body["stream_options"] = {"include_usage": True}
-        if echo:
+        if ask.echo:
             body["echo"] = True
         if self._tokenizer is not None and self._tokenizer.eot_id in ask.stop_ids:
             # What servers that do not know stop_token_ids may write for it.
