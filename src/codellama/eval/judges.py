@@ -8,11 +8,12 @@ samples, and its samples stay unjudged.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-import urllib.request
 from collections.abc import Callable
+
+from codellama.engine import SamplingParams
+from codellama.engine.endpoint import Endpoint
 
 Judge = Callable[[str, str], float]
 
@@ -59,30 +60,17 @@ def endpoint_judge(url: str, model: str, about: str) -> Judge:
         about: a key of QUESTIONS.
 
     Raises:
-        ValueError: (when judging) the endpoint does not answer, or neither yes nor no.
+        ValueError: no address; when judging, no answer, or neither yes nor no.
     """
-
-    key = os.environ.get("OPENAI_API_KEY", "none")
+    endpoint = Endpoint(url, model, os.environ.get("OPENAI_API_KEY", "none"), timeout_s=120)
 
     def judge(question: str, answer: str) -> float:
         content = _FORM.format(question=question, answer=answer, ask=QUESTIONS[about])
-        body = {
-            "model": model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
-            "max_tokens": 4,
-        }
-        request = urllib.request.Request(
-            url.rstrip("/") + "/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
-        )
         try:
-            with urllib.request.urlopen(request, timeout=120) as response:
-                reply = json.load(response)["choices"][0]["message"]["content"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            reply = endpoint.chat([[{"role": "user", "content": content}]], SamplingParams(4))
+        except (ConnectionError, ValueError) as error:
             raise ValueError(f"{url}: the judge did not answer: {error}") from None
-        word = str(reply).strip().lower()
+        word = reply[0].text.strip().lower()
         if not word.startswith(("yes", "no")):
             raise ValueError(f"{url}: the judge said {word[:40]!r}, expected yes or no")
         return float(word.startswith("yes"))

@@ -11,18 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol
 
+from codellama.engine.endpoint import Endpoint
+from codellama.engine.engine import Engine
 from codellama.eval.datasets import DataFile, data_file
 from codellama.eval.judges import Judge
 from codellama.tokenizer.chat import Message
 
-if TYPE_CHECKING:
-    from codellama.engine.endpoint import Endpoint
-    from codellama.engine.engine import Engine
-
 Kind = Literal["complete", "infill", "chat", "score"]
-Generator: TypeAlias = "Engine | Endpoint"
+Generator = Engine | Endpoint
 """What a model is asked through: in this process, or behind an address."""
 
 
