@@ -88,6 +88,7 @@ def drop(page, name, text):
     files = page.evaluate_handle(make, [[text], name])
     page.dispatch_event(".cm-content", "drop", {"dataTransfer": files})
     expect(page.locator("#file-name")).to_have_text(name)
+    expect(page.locator("#accept")).to_be_disabled()
 
 
 def test_a_suggestion(page, server):

@@ -50,7 +50,8 @@ export function startEditor(model, announce) {
     }
     status.textContent = describe(result);
     showPrompt(find("infill-prompt"), model, result.promptIds);
-    if (!texts.some((text) => text?.trim())) announce("No suggestion here.", status);
+    if (texts.some((text) => text?.trim())) return;
+    announce(`No suggestion here · ${status.textContent}`, status);
   }
 
   const ghost = ghostText({
@@ -66,7 +67,7 @@ export function startEditor(model, announce) {
   const view = new EditorView({ parent: find("editor") });
 
   function open(name, text, cursor = 0) {
-    ghost.stop();
+    ghost.reject(view);
     find("file-name").textContent = name;
     const lineBreak = text.includes("\r\n") ? "\r\n" : "\n";
     view.setState(EditorState.create({

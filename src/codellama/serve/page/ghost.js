@@ -78,7 +78,7 @@ export function ghostText({ ask, onShow, onDone, onError }) {
   }
 
   function current(view) {
-    return view.state.field(ghost);
+    return view.state.field(ghost, false) ?? null;
   }
 
   function accept(view) {
@@ -124,5 +124,5 @@ export function ghostText({ ask, onShow, onDone, onError }) {
     { key: "Alt-]", run: (view) => step(view, 1) },
     { key: "Alt-[", run: (view) => step(view, -1) },
   ]));
-  return { extension: [ghost, watch, keys], fetchTexts, accept, reject, step, stop };
+  return { extension: [ghost, watch, keys], fetchTexts, accept, reject, step };
 }
