@@ -226,11 +226,10 @@ def _read_text(file: Path) -> str:
 def _list_wheels(source: Source, cache: Path, listing: Listing, fetch: bool) -> Iterator[Unit]:
     for package in source.packages:
         key = f"{source.name}/{package}"
-        wheel = cached_wheel(package, cache)
         try:
-            if not wheel and not fetch:
+            wheel = fetch_wheel(package, cache) if fetch else cached_wheel(package, cache)
+            if not wheel:
                 raise OSError("not fetched yet")
-            wheel = wheel or fetch_wheel(package, cache)
         except OSError as error:
             # One package that cannot be had must not cost the others; the manifest names it.
             listing.unavailable[key] = "could not be fetched"

@@ -11,25 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from codellama.engine.endpoint import Endpoint
 from codellama.engine.engine import Engine
 from codellama.eval.datasets import DataFile, data_file
 from codellama.eval.judges import Judge
+from codellama.tokenizer import Tokenizer
 from codellama.tokenizer.chat import Message
 
 Kind = Literal["complete", "infill", "chat", "score"]
 Generator = Engine | Endpoint
 """What a model is asked through: in this process, or behind an address."""
-
-
-class Encoder(Protocol):
-    """The part of a tokenizer that prompts of a given length need."""
-
-    def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """Ids of a text."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +32,7 @@ class Setting:
     data: Path | None = None
     chat: bool = False
     """Ask in the chat format; for instruct models."""
-    tokenizer: Encoder | None = None
+    tokenizer: Tokenizer | None = None
     lengths: tuple[int, ...] = (8000, 16000, 24000)
     """Of key retrieval, in tokens."""
     judges: Mapping[str, Mapping[str, Judge]] = field(default_factory=dict)
