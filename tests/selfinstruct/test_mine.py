@@ -32,6 +32,8 @@ def clipped_root(x: int, *, factor=1) -> float:
         x: not below zero
 
     >>> from math import pi
+    >>> from package import clipped_root
+    >>> import package
     >>> values = [4, 100]
     >>> [package.clipped_root(v) for v in values]
     [2.0, 3]

@@ -11,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,6 @@ from codellama.eval.task import Patience
 from codellama.selfinstruct.lines import Row, appending, read_rows
 
 N_ERROR_RETRIES = 2  # beyond the sandbox's own
-WINDOW = 256  # jobs that may run or be done behind one that takes its whole time
 BATCH = 64  # jobs of one task on a cluster: half a second
 
 
@@ -75,16 +73,9 @@ def execute(
 def _here(jobs: Iterable[Job], timeout_s: float) -> Iterator[Row]:
     """Rows in the order of the jobs, as many at a time as there are processors."""
     patience = Patience(calibrate())
-    n_workers = len(os.sched_getaffinity(0))
-    pending: deque[Future[Row]] = deque()
-    # One thread more than jails: one hands in a job while the others wait for theirs.
-    with ThreadPoolExecutor(n_workers + 1) as threads:
-        for job in jobs:
-            pending.append(threads.submit(judge, job, timeout_s, patience))
-            if len(pending) > WINDOW:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+    # One thread more than jails: it hands in a job while the others wait for theirs.
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 1) as threads:
+        yield from threads.map(lambda job: judge(job, timeout_s, patience), jobs)
 
 
 def judge(job: Job, timeout_s: float, patience: Patience) -> Row:

@@ -5,6 +5,7 @@ A row is written with one flush; what a kill cuts in the middle is the last line
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -38,8 +39,16 @@ def read_rows(path: Path) -> list[Row]:
 
 @contextmanager
 def appending(path: Path) -> Iterator[Callable[[Row], None]]:
-    """Yield a function that appends a row, behind the last whole line of the file."""
+    """Yield a function that appends a row, behind the last whole line of the file.
+
+    Raises:
+        ValueError: another process appends to the file.
+    """
     with path.open("ab+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another process writes this file") from None
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
 

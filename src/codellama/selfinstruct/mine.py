@@ -16,13 +16,14 @@ import doctest
 import inspect
 import re
 import sys
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from codellama.data.licences import is_permissive
+from codellama.data.licences import is_permissive, licence_of_header
 from codellama.data.listing import list_sources
 from codellama.data.sources import read_unit
 from codellama.data.split import unit_hash
@@ -79,11 +80,12 @@ def mine(
         licence = next((d.licence for d in found if d.licence), None) or "unknown"
         row: Row = {"id": key, "licence": licence, "problems": [], "rejects": []}
         if is_permissive(licence):
-            files = {
+            texts = {
                 d.path: d.content.decode("utf-8", "replace").replace("\r\n", "\n")
                 for d in found
                 if d.reason is None and len(d.content) <= MAX_BYTES
             }
+            files = {p: t for p, t in texts.items() if is_permissive(licence_of_header(t) or "MIT")}
             row |= mine_package(key, files, settings.min_tests)
         else:
             row["rejects"] = [[key, f"licence: {licence}"]]
@@ -98,35 +100,30 @@ def mine(
 
 def mine_package(package: str, files: dict[str, str], min_tests: int) -> dict[str, Any]:
     """Problems and rejects among the files of one package, by path."""
-    functions: dict[str, list[_Function]] = {}
     test_files = {path: text for path, text in files.items() if _is_test(path)}
     called = {name for text in test_files.values() for name in re.findall(r"(\w+)\(", text)}
+    functions: list[_Function] = []
     for path in sorted(files.keys() - test_files.keys()):
         defined = set(re.findall(r"^def ([a-zA-Z]\w*)\(", files[path], re.M))
         if defined & called or (defined and ">>>" in files[path]):
-            for function in _documented(path, files[path]):
-                functions.setdefault(function.node.name, []).append(function)
-    names = {name for name, found in functions.items() if len(found) == 1}
-    asserted = _asserted(test_files.values(), names)
+            functions += _documented(path, files[path])
+    # Which of several functions of one name a test means is not known.
+    counts = Counter(function.node.name for function in functions)
+    asserted = _asserted(test_files.values(), {name for name, n in counts.items() if n == 1})
     problems: list[Row] = []
     rejects: list[list[str]] = []
-    for name, found in functions.items():
-        for function in found:
-            tests = _doctests(function.node)
-            tests += asserted.get(name, []) if len(found) == 1 else []
-            tests = list(dict.fromkeys(tests))[:MAX_TESTS]
-            problem = f"fewer than {min_tests} tests" if len(tests) < min_tests else None
-            problem = problem or _problem(function, tests)
-            task_id = f"{package}/{function.path}:{name}"
-            if isinstance(problem, str):
-                rejects.append([task_id, problem])
-            else:
-                problems.append({"id": task_id, "source": "mined", **problem})
-    return {
-        "problems": problems,
-        "rejects": rejects,
-        "n_documented": sum(map(len, functions.values())),
-    }
+    for function in functions:
+        name = function.node.name
+        tests = list(dict.fromkeys([*_doctests(function.node), *asserted.get(name, [])]))
+        problem = f"fewer than {min_tests} tests"
+        if len(tests) >= min_tests:
+            problem = _problem(function, tests[:MAX_TESTS])
+        task_id = f"{package}/{function.path}:{name}"
+        if isinstance(problem, str):
+            rejects.append([task_id, problem])
+        else:
+            problems.append({"id": task_id, "source": "mined", **problem})
+    return {"problems": problems, "rejects": rejects, "n_documented": len(functions)}
 
 
 def _is_test(path: str) -> bool:
@@ -135,12 +132,12 @@ def _is_test(path: str) -> bool:
 
 def _documented(path: str, text: str) -> Iterator[_Function]:
     """Public functions at the top level of a module that have a docstring."""
-    tree = parse(text, MAX_BYTES)
-    for node in tree.body if tree else ():
-        if not (isinstance(node, ast.FunctionDef) and ast.get_docstring(node)):
-            continue
-        if not node.name.startswith("_") and node.name not in BUILTINS and len(node.body) > 1:
-            yield _Function(path, text, tree, node)  # type: ignore[arg-type]
+    tree = parse(text, MAX_BYTES) or ast.Module([], [])
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for name, node in functions.items():
+        is_public = not name.startswith("_") and name not in BUILTINS
+        if is_public and ast.get_docstring(node) and len(node.body) > 1:
+            yield _Function(path, text, tree, node)
 
 
 def _problem(function: _Function, tests: list[str]) -> Row | str:
@@ -199,12 +196,12 @@ def _standalone(function: _Function) -> tuple[str, str] | str:
         name = waiting.pop()
         node = homes.get(name)
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            [alias] = [a for a in node.names if name == (a.asname or a.name).split(".")[0]][:1]
-            module = node.module or "" if isinstance(node, ast.ImportFrom) else alias.name
-            if getattr(node, "level", 0) or module.split(".")[0] not in sys.stdlib_module_names:
+            if _is_foreign(node):
                 return "needs more than the standard library"
-            is_from = isinstance(node, ast.ImportFrom)
-            one = ast.ImportFrom(module, [alias], 0) if is_from else ast.Import([alias])
+            [alias] = [a for a in node.names if name == (a.asname or a.name).split(".")[0]][:1]
+            one = ast.Import([alias])
+            if isinstance(node, ast.ImportFrom):
+                one = ast.ImportFrom(node.module, [alias], 0)
             imports.add(ast.unparse(one))
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)):
             if node.lineno not in needed:
@@ -229,6 +226,14 @@ def _standalone(function: _Function) -> tuple[str, str] | str:
     return (head, program) if parse(program) else "is no program by itself"
 
 
+def _is_foreign(node: ast.stmt) -> bool:
+    """Whether it is an import of something else than the standard library."""
+    names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+    if isinstance(node, ast.ImportFrom):
+        names = ["." * node.level + (node.module or "")]
+    return any(name.split(".")[0] not in sys.stdlib_module_names for name in names)
+
+
 def _doctests(node: ast.FunctionDef) -> list[str]:
     """The examples of a docstring as asserts, each with the statements before it that it needs."""
     try:
@@ -240,7 +245,7 @@ def _doctests(node: ast.FunctionDef) -> list[str]:
     for example in examples:
         tree, want = parse(example.source), parse(example.want)
         match tree and tree.body, want and want.body:
-            case [statement], []:
+            case [statement], [] if not _is_foreign(statement):
                 before.append(statement)
             case [ast.Expr(value)], [ast.Expr(expected)]:
                 found += _closed(_equal(value, expected), node.name, before)
@@ -256,9 +261,10 @@ def _asserted(texts: Iterable[str], names: set[str]) -> dict[str, list[str]]:
         tree = parse(text, MAX_BYTES)
         for node in ast.walk(tree) if tree else ():
             if test := _tested(node):
-                called = [name for n in ast.walk(test) if (name := _called_name(n)) in names]
-                for name in set(called) if len(set(called)) == 1 else ():
-                    found.setdefault(str(name), []).extend(_closed(test, str(name), []))
+                called = [n.func for n in ast.walk(test) if isinstance(n, ast.Call)]
+                ends = {str(getattr(f, "attr", getattr(f, "id", ""))) for f in called}
+                for name in sorted(ends & names):
+                    found.setdefault(name, []).extend(_closed(test, name, []))
     return found
 
 
@@ -282,36 +288,17 @@ def _equal(value: ast.expr, expected: ast.expr) -> ast.expr:
     return ast.Compare(value, [ast.Eq()], [expected])
 
 
-def _called_name(node: ast.AST) -> str | None:
-    match node:
-        case ast.Call(ast.Name(name)) | ast.Call(ast.Attribute(ast.Name(), name)):
-            return name
-    return None
-
-
-class _Unqualified(ast.NodeTransformer):
-    """`module.name` becomes `name`."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        self.generic_visit(node)
-        is_ours = node.attr == self._name and isinstance(node.value, ast.Name)
-        return ast.Name(self._name, ast.Load()) if is_ours else node
-
-
 def _closed(test: ast.expr, name: str, before: list[ast.stmt]) -> list[str]:
     """An assert with the statements that it needs; none where it needs something else."""
-    if not any(_called_name(node) == name for node in ast.walk(test)):
-        return []
-    program: list[ast.stmt] = [_Unqualified(name).visit(ast.Assert(test))]
-    wanted = free_names(program[0]) - {name}
+    program: list[ast.stmt] = [ast.Assert(test)]
+    wanted = free_names(test) - {name}
     for statement in reversed(before):
         if bound_names(statement) & wanted:
-            program.insert(0, _Unqualified(name).visit(statement))
-            wanted = (wanted - bound_names(statement)) | free_names(program[0]) - {name}
-    text = unparse(ast.Module(program, []))
+            program.insert(0, statement)
+            wanted = (wanted - bound_names(statement)) | free_names(statement) - {name}
+    # `module.name(` is `name(`: here there is nothing but the function.
+    text = re.sub(rf"\b[A-Za-z_]\w*\.{name}\(", f"{name}(", unparse(ast.Module(program, [])) or "")
+    tree = parse(text, MAX_TEST_CHARS)
     # The sandbox would take a function `check` for the entry of the tests.
-    is_fit = text and not wanted and len(text) < MAX_TEST_CHARS and "def check(" not in text
-    return [text] if text and is_fit else []
+    is_fit = tree and free_names(tree) == {name} and "def check(" not in text
+    return [text] if is_fit else []

@@ -18,11 +18,8 @@ why.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -89,10 +86,10 @@ def run_steps(run: Run, only: Sequence[str] = ()) -> None:
     """Do the named steps, or all; what was done before is not done again.
 
     Raises:
-        ValueError: another process works in the folder, or settings differ from those of files.
+        ValueError: another process does the same, or settings differ from those of files.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
-    with _only_process(run.folder), appending(run.path("timing")) as log:
+    with appending(run.path("timing")) as log:  # locked until the end
         for name in only or STEPS:
             begin = time.perf_counter()
             STEPS[name](run)
@@ -239,17 +236,3 @@ STEPS: dict[str, Callable[[Run], Any]] = {
     "execute": execute_solutions,
     "select": select_solutions,
 }
-
-
-@contextmanager
-def _only_process(folder: Path) -> Iterator[None]:
-    """Hold the folder locked; the lock ends with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process works in this folder") from None
-        yield
-    finally:
-        os.close(descriptor)
