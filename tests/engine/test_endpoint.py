@@ -134,7 +134,7 @@ def test_a_stream_is_not_begun_twice(endpoint, parrots):
 
 def test_refusals_are_said_at_once(endpoint, parrots):
     parrots[0].faults = parrots[1].faults = [400]
-    with pytest.raises(ValueError, match=r":\d+/v1/completions: HTTP 400: no, because 400"):
+    with pytest.raises(ValueError, match=r":\d+/v1/completions: HTTP 400: .*no, because 400"):
         endpoint.complete(["x"])
     assert sum(parrot.n_asked for parrot in parrots) == 1
     with pytest.raises(ValueError, match=r"endpoint 'ftp://x': expected an address such as"):
@@ -200,7 +200,7 @@ def test_an_evaluation_goes_on_where_the_servers_failed(parrots, tmp_path, monke
     parrots[0].faults = [None] * 5 + [500]
     endpoint = Endpoint(parrots[0].url, n_attempts=1)
     path = tmp_path / "samples.jsonl"
-    with pytest.raises(ConnectionError, match="HTTP 500: no, because 500"):
+    with pytest.raises(ConnectionError, match="HTTP 500: .*no, because 500"):
         sampling.sample(endpoint, Lines(), path, decoding, {})
     assert len(path.read_text().splitlines()) == 4
     sampling.sample(endpoint, Lines(), path, decoding, {})

@@ -104,15 +104,10 @@ class Endpoint(Generator):
 
     async def check(self) -> dict[str, str | None]:
         """Ask every server for its model: what is wrong with each, None where nothing."""
-
-        async def ask(upstream: Upstream) -> None:
-            try:
-                await upstream.describe(self._client())
-                upstream.note(None)
-            except (httpx.HTTPError, FailedError, ValueError) as error:
-                upstream.note(error)
-
-        await asyncio.gather(*map(ask, self._upstreams))
+        asked = (upstream.describe(self._client()) for upstream in self._upstreams)
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        for upstream, error in zip(self._upstreams, found, strict=True):
+            upstream.note(error)
         return {upstream.url: upstream.problem for upstream in self._upstreams}
 
     @property

@@ -7,8 +7,21 @@ import math
 from dataclasses import dataclass, replace
 
 MAX_TOKENS = 2**31 - 1
-MAX_BIAS = 100.0  # what OpenAI's interface allows; a logit so far from the others decides
-MAX_TOP_LOGPROBS = 20  # as there
+MAX_BIAS = 100  # what OpenAI's interface allows; a logit so far from the others decides
+_WHOLE = {
+    "max_tokens": (0, MAX_TOKENS),
+    "top_k": (0, MAX_TOKENS),
+    "n": (1, 1024),
+    "top_logprobs": (0, 20),  # as there
+}
+_NUMBERS = {
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "presence_penalty": (-MAX_BIAS, MAX_BIAS),
+    "frequency_penalty": (-MAX_BIAS, MAX_BIAS),
+    "repetition_penalty": (0.01, 100),
+}
 
 
 @dataclass(frozen=True)
@@ -49,35 +62,21 @@ class SamplingParams:
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
-        for name, low, high in (
-            ("max_tokens", 0, MAX_TOKENS),
-            ("top_k", 0, MAX_TOKENS),
-            ("n", 1, 1024),
-            ("top_logprobs", 0, MAX_TOP_LOGPROBS),
-        ):
+        for name, (low, high) in (_WHOLE | _NUMBERS).items():
             value = getattr(self, name)
-            if not _is_whole(value) or not low <= value <= high:
-                raise ValueError(f"{name} = {value!r}: expected a whole number in [{low}, {high}]")
+            is_right = _is_whole(value) if name in _WHOLE else _is_number(value)
+            if not is_right or not low <= value <= high:
+                kind = "a whole number" if name in _WHOLE else "a number"
+                raise ValueError(f"{name} = {value!r}: expected {kind} in [{low}, {high}]")
         if self.seed is not None and not _is_whole(self.seed):
             raise ValueError(f"seed = {self.seed!r}: expected a whole number or None")
-        for name, low, high in (
-            ("temperature", 0.0, 100.0),
-            ("top_p", 0.0, 1.0),
-            ("min_p", 0.0, 1.0),
-            ("presence_penalty", -MAX_BIAS, MAX_BIAS),
-            ("frequency_penalty", -MAX_BIAS, MAX_BIAS),
-            ("repetition_penalty", 0.01, 100.0),
-        ):
-            value = getattr(self, name)
-            if not _is_number(value) or not low <= value <= high:
-                raise ValueError(f"{name} = {value!r}: expected a number in [{low:g}, {high:g}]")
         if len(dict(self.logit_bias)) < len(self.logit_bias):
             raise ValueError("logit_bias: expected each token id once")
         for token, bias in self.logit_bias:
             if not _is_whole(token) or token < 0 or not _is_number(bias) or abs(bias) > MAX_BIAS:
                 raise ValueError(
                     f"logit_bias of {token!r} = {bias!r}: expected a token id and a number in "
-                    f"[{-MAX_BIAS:g}, {MAX_BIAS:g}]"
+                    f"[{-MAX_BIAS}, {MAX_BIAS}]"
                 )
         if self.schema is not None:
             try:

@@ -58,7 +58,7 @@ class Upstream:
         self._tokenizer = tokenizer
         self._n_failures = 0
 
-    def note(self, error: Exception | None) -> None:
+    def note(self, error: BaseException | None) -> None:
         """Remember how a request went; after failures the server rests, ever longer."""
         self.problem = None if error is None else str(error) or type(error).__name__
         if error is None:
@@ -137,11 +137,13 @@ class Upstream:
         ids = choice.get("token_ids")
         if ids is None:  # then as we would write it
             ids = self._tokenizer.encode_without_prefix_space(text) if self._tokenizer else ()
-        found = (choice.get("logprobs") or {}) if params.logprobs else {}
+        found = choice.get("logprobs") or {}
         if "content" in found:  # chat
             rows = found["content"] or ()
             logprobs = [row["logprob"] for row in rows]
-            tops = [{t["token"]: t["logprob"] for t in row["top_logprobs"]} for row in rows]
+            tops = [
+                {t["token"]: t["logprob"] for t in row.get("top_logprobs") or ()} for row in rows
+            ]
         else:
             logprobs, tops = found.get("token_logprobs") or (), found.get("top_logprobs") or ()
         n_top = params.top_logprobs
@@ -179,7 +181,7 @@ def request_of(ask: Ask) -> tuple[str, dict[str, Any]]:
             body[name] = value
     if params.logit_bias:
         body["logit_bias"] = {str(token): bias for token, bias in params.logit_bias}
-    if params.logprobs:
+    if params.logprobs or params.top_logprobs:
         top = {"logprobs": True, "top_logprobs": params.top_logprobs}
         body |= top if is_chat else {"logprobs": max(1, params.top_logprobs)}
         body["return_tokens_as_token_ids"] = True
@@ -217,11 +219,5 @@ async def _check(response: httpx.Response) -> None:
 
 
 def _reason(data: bytes) -> str:
-    """The message of an error, or the beginning of what came instead, in one line."""
-    try:
-        found = json.loads(data)
-        found = found.get("error", found.get("detail", found))
-        text = str(found["message"] if isinstance(found, dict) else found)
-    except (ValueError, LookupError, AttributeError):
-        text = data.decode(errors="replace")
-    return " ".join(text.split())[:300]
+    """What a server says, in one line."""
+    return " ".join(data.decode(errors="replace").split())[:300]
