@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,31 +21,16 @@ from torch import Tensor, nn
 from codellama.artifact import new_folder
 from codellama.model.source import inside, read_json
 from codellama.model.transformer import Transformer
+from codellama.recipe import Lora
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Which matrices get an adapter, and of what size."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] = TARGETS
-
-    def __post_init__(self) -> None:
-        if unknown := [name for name in self.targets if name not in TARGETS]:
-            raise ValueError(f"LoRA target {unknown[0]!r}: expected some of {', '.join(TARGETS)}")
-        if self.rank < 1 or not self.targets:
-            raise ValueError("LoRA needs a rank of at least 1 and at least one target")
 
 
 class LoraLinear(nn.Module):
     """A bias-free linear layer with a frozen matrix and a trained update of low rank."""
 
-    def __init__(self, base: nn.Linear, settings: LoraSettings, generator: torch.Generator) -> None:
+    def __init__(self, base: nn.Linear, settings: Lora, generator: torch.Generator) -> None:
         super().__init__()
         self.weight = base.weight
         self.scale = settings.alpha / settings.rank
@@ -67,7 +52,7 @@ class LoraLinear(nn.Module):
         return (self.weight.float() + update).to(self.weight.dtype)
 
 
-def add_adapters(model: Transformer, settings: LoraSettings, seed: int = 0) -> None:
+def add_adapters(model: Transformer, settings: Lora, seed: int = 0) -> None:
     """Freeze a model and put adapters beside its matrices, in place."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -89,7 +74,7 @@ def merged_state(model: Transformer) -> dict[str, Tensor]:
     return tensors
 
 
-def save_adapter(folder: str | Path, model: Transformer, settings: LoraSettings, base: str) -> None:
+def save_adapter(folder: str | Path, model: Transformer, settings: Lora, base: str) -> None:
     """Write the adapters of a model as PEFT does.
 
     Args:
@@ -124,7 +109,7 @@ def save_adapter(folder: str | Path, model: Transformer, settings: LoraSettings,
             raise OSError(f"{folder}: cannot be written: {error}") from None
 
 
-def load_adapter(folder: str | Path, model: Transformer) -> LoraSettings:
+def load_adapter(folder: str | Path, model: Transformer) -> Lora:
     """Put adapters of a folder beside the matrices of the model that they were trained on.
 
     Raises:
@@ -143,10 +128,15 @@ def load_adapter(folder: str | Path, model: Transformer) -> LoraSettings:
         if values.get(key, expected) != expected:
             raise ValueError(f"{folder / CONFIG_FILE}: {key} = {values[key]!r} is not supported")
     try:
-        settings = LoraSettings(
-            values["r"], float(values["lora_alpha"]), tuple(values["target_modules"])
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        targets = sorted(values["target_modules"])  # PEFT writes a set in any order
+        named = {"rank": values["r"], "alpha": values["lora_alpha"], "targets": targets}
+        settings = Lora.model_validate(named)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules"}
+        key = where[str(first["loc"][0])]
+        raise ValueError(f"{folder / CONFIG_FILE}: {key}: {first['msg']}") from None
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
     add_adapters(model, settings)
     wanted = {n: p for n, p in model.named_parameters() if n.endswith(("lora_A", "lora_B"))}

@@ -57,7 +57,7 @@ from codellama.train.run_folder import (
     run_record,
     stop_signals,
 )
-from codellama.train.start import initial_model, lora_settings, stage_tokenizer
+from codellama.train.start import initial_model, stage_tokenizer
 from codellama.train.state import load_latest_state, save_state
 from codellama.train.validate import validate
 
@@ -189,7 +189,7 @@ def train(
             report = mixture_report(shares(), loader.states)
             write_file(folder / "mixture.json", json.dumps(report, indent=2) + "\n")
             if stage.lora is not None:
-                save_adapter(folder / "adapter", model, lora_settings(stage.lora), stage.init)
+                save_adapter(folder / "adapter", model, stage.lora, stage.init)
             save_checkpoint(
                 checkpoint, model.config, weights, stage.dtype, write_more=tokenizer.save
             )

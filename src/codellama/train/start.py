@@ -16,9 +16,9 @@ from torch.utils.checkpoint import (
 )
 
 from codellama.model.config import ModelConfig
-from codellama.model.lora import LoraSettings, add_adapters
+from codellama.model.lora import add_adapters
 from codellama.model.transformer import Transformer
-from codellama.recipe import Lora, Recipe, Stage
+from codellama.recipe import Recipe, Stage
 from codellama.tokenizer import Tokenizer
 from codellama.tokenizer.variants import VARIANTS
 from codellama.weights import build_model, open_weights
@@ -104,15 +104,10 @@ def initial_model(recipe: Recipe, stage: Stage, tokenizer: Tokenizer) -> Transfo
     return prepared(model, stage)
 
 
-def lora_settings(lora: Lora) -> LoraSettings:
-    """A recipe's adapters, as the model knows them."""
-    return LoraSettings(lora.rank, lora.alpha, lora.targets)
-
-
 def prepared(model: Transformer, stage: Stage) -> Transformer:
     """Put in what a stage asks for besides weights: adapters, recomputation."""
     if stage.lora is not None:
-        add_adapters(model, lora_settings(stage.lora), stage.seed)
+        add_adapters(model, stage.lora, stage.seed)
     if stage.recompute != "none":
         keep = _keeping_products if stage.recompute == "selective" else noop_context_fn
         for block in model.model.layers:
