@@ -30,7 +30,7 @@ def fuzzed():
 def test_requests_from_the_document(fuzzed, count, phase):
     """All checks of schemathesis; the phase `coverage` has every edge of every field."""
     settings = {
-        # A schema cannot say how long the context is, which ids there are, or that roles take turns.
+        # A schema cannot say how long the context is, which ids there are, that roles take turns.
         "checks": {"positive_data_acceptance": {"expected-statuses": ["2xx", 400, 501]}},
         "generation": {"max-examples": count},
         "phases": {

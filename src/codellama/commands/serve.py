@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import resource
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -111,6 +110,4 @@ def _service(
 
     tokenizer = load_tokenizer(weights)
     endpoint = Endpoint([url.strip() for url in urls.split(",")], api_key=key, tokenizer=tokenizer)
-    while endpoint.max_context and endpoint.failure:  # asks; none answers yet
-        time.sleep(1)
     return Service(endpoint, tokenizer, name, meta, limits)

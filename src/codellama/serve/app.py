@@ -29,7 +29,7 @@ from codellama.serve.replies import ApiError, as_json
 from codellama.serve.service import Ready, Service, failed
 
 PAGE = Path(__file__).parent / "page"
-CHECK_S = 5.0  # between looks at the servers of a cluster
+CHECK_S = 2.0  # between looks at the servers of a cluster
 
 
 class _ErrorDetail(BaseModel):
@@ -61,13 +61,16 @@ def create_app(
 
     async def start(app: FastAPI) -> None:
         try:
-            service = app.state.service = await asyncio.to_thread(load)
+            service = await asyncio.to_thread(load)
         except Exception as error:  # noqa: BLE001  the caller decides what becomes of it
             on_failure(error)
             return
         while isinstance(service.source, Endpoint):
+            if service.source.failure is None:  # once a server of the cluster has answered
+                service.max_context, app.state.service = service.source.max_context, service
             await asyncio.sleep(CHECK_S)
             await service.source.check()
+        app.state.service = service
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

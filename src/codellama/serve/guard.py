@@ -125,7 +125,7 @@ class Guard:
             wanted = {"www-authenticate": "Bearer"}
             raise ApiError(401, message, code="invalid_api_key", headers=wanted)
         service: Service | None = self.state.service
-        if scope["method"] == "POST" and service is not None and service.is_full:
+        if scope["method"] == "POST" and service is not None and service.n_left < 1:
             raise busy()
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:

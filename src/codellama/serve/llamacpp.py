@@ -15,7 +15,7 @@ from codellama.serve import prompts
 from codellama.serve.bodies import Body, Count, Factor, N, Sampling, Whole
 from codellama.serve.generation import Edit, Request, Result
 from codellama.serve.openai import token_text
-from codellama.serve.replies import ApiError, as_events, as_json
+from codellama.serve.replies import as_events, as_json
 from codellama.serve.service import Client, Ready, Service, Stream
 
 router = APIRouter()
@@ -110,18 +110,10 @@ async def infill(body: InfillBody, service: Ready, client: Client) -> Response:
 
     Without a temperature one suggestion is the likeliest, several are sampled.
     """
-    if not service.tokenizer.supports_infilling:
-        raise ApiError(501, f"{service.name} was not trained to infill")
     wanted = body.n_predict if body.n_predict and body.n_predict > 0 else SUGGESTION_TOKENS
-    first = service.limits.suffix_first if body.suffix_first is None else body.suffix_first
-    prompt = prompts.infilling(
-        service.tokenizer,
-        body.input_prefix + (body.prompt or ""),
-        body.input_suffix,
-        first,
-        [(extra.filename or "snippet", extra.text) for extra in body.input_extra or ()],
-        service.max_context - min(wanted, service.max_context // 4),
-    )
+    prefix = body.input_prefix + (body.prompt or "")
+    files = [(extra.filename or "snippet", extra.text) for extra in body.input_extra or ()]
+    prompt = service.gap(prefix, body.input_suffix, body.suffix_first, files, wanted)
     temperature = 0.8 if (body.n_cmpl or 1) > 1 else 0.0
     n_tokens = min(SUGGESTION_TOKENS, service.most_tokens)
     request = body.request(prompt, n_tokens, temperature, True)
@@ -146,15 +138,9 @@ async def detokenize(body: DetokenizeBody, service: Ready) -> Response:
 @router.get("/props")
 async def props(service: Ready) -> Response:
     """What the server runs."""
-    return as_json(
-        {
-            "default_generation_settings": {"n_ctx": service.max_context},
-            "total_slots": service.limits.max_texts,
-            "model_path": service.name,
-            "supports_infilling": service.tokenizer.supports_infilling,
-            "chat_format": service.tokenizer.chat_format,
-        }
-    )
+    known = {"default_generation_settings": {"n_ctx": service.max_context}}
+    known |= {"model_path": service.name, "total_slots": service.limits.max_texts}
+    return as_json(known | {"capabilities": service.capabilities})
 
 
 async def _reply(body: _Options, request: Request, service: Service, client: str) -> Response:

@@ -48,6 +48,7 @@ class Metrics:
             gauge.dec()
             n_tokens, duration_s = len(result.token_ids), result.total_s - result.first_s
             self.tokens.inc(n_tokens)
+            self.cached_tokens.inc(result.n_cached)
             if n_tokens > 1 and duration_s > 0:
                 self.tokens_per_s.observe((n_tokens - 1) / duration_s)
 
@@ -56,4 +57,3 @@ class Metrics:
         self.waiting.dec()
         self.running.inc()
         self.first_token_s.observe(result.first_s)
-        self.cached_tokens.inc(result.n_cached)

@@ -83,15 +83,11 @@ async def generate(body: GenerateBody, service: Ready, client: Client) -> Respon
     text = "\n\n".join(filter(None, (body.system, body.prompt)))
     if not text and not body.suffix:  # how clients load a model
         return as_json(_line(service, "response", "") | {"done": True, "done_reason": "load"})
-    if body.suffix and not service.tokenizer.supports_infilling:
-        raise ApiError(400, f"{service.name} does not support insert")
-    params, limits = body.settings(service), service.limits
     if body.suffix:
-        gap = (body.prompt or "", body.suffix, limits.suffix_first)
-        prompt = prompts.infilling(service.tokenizer, *gap)
+        prompt = service.gap(body.prompt or "", body.suffix)
     else:
-        prompt = prompts.completion(service.tokenizer, text, limits.recognise)
-    request = Request((prompt,), params, is_infilling=bool(body.suffix))
+        prompt = prompts.completion(service.tokenizer, text, service.limits.recognise)
+    request = Request((prompt,), body.settings(service), is_infilling=bool(body.suffix))
     return await _reply("response", body, request, service, client)
 
 
@@ -119,18 +115,11 @@ async def tags(service: Ready) -> Response:
 @router.post("/show")
 async def show(body: ShowBody, service: Ready) -> Response:
     """What the model can do; clients look for .Suffix in the template."""
-    can_infill = service.tokenizer.supports_infilling
+    template = TEMPLATE if service.tokenizer.supports_infilling else "{{ .Prompt }}"
     info = {"general.architecture": "llama", "llama.context_length": service.max_context}
-    return as_json(
-        {
-            "template": TEMPLATE if can_infill else "{{ .Prompt }}",
-            "parameters": "",
-            "details": _details(service),
-            "model_info": info,
-            "capabilities": ["completion"] + ["insert"] * can_infill,
-            "modified_at": _time(service.created),
-        }
-    )
+    known = {"template": template, "parameters": "", "details": _details(service)}
+    known |= {"model_info": info, "capabilities": service.capabilities}
+    return as_json(known | {"modified_at": _time(service.created)})
 
 
 @router.get("/version")
@@ -140,13 +129,9 @@ async def version() -> Response:
 
 
 def _details(service: Service) -> dict[str, Any]:
-    return {
-        "format": "safetensors",
-        "family": "llama",
-        "families": ["llama"],
-        "parameter_size": f"{service.meta.get('n_params', 0) / 1e6:.1f}M",
-        "quantization_level": service.meta.get("precision", "unknown"),
-    }
+    known = {"format": "safetensors", "family": "llama", "families": ["llama"]}
+    known["parameter_size"] = f"{service.meta.get('n_params', 0) / 1e6:.1f}M"
+    return known | {"quantization_level": service.meta.get("precision", "unknown")}
 
 
 def _time(seconds: float) -> str:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
+from functools import partial
 from itertools import accumulate
 from typing import Annotated, Any
 
@@ -14,16 +15,7 @@ from pydantic import Discriminator, Field, Tag
 
 from codellama.engine import Piece, SamplingParams
 from codellama.serve import prompts, tabby
-from codellama.serve.bodies import (
-    Body,
-    ChatMessage,
-    Count,
-    Factor,
-    N,
-    ResponseFormat,
-    Sampling,
-    Whole,
-)
+from codellama.serve.bodies import Body, ChatMessage, Factor, N, ResponseFormat, Sampling, Whole
 from codellama.serve.generation import Edit, Request, Result
 from codellama.serve.replies import ApiError, as_events, as_json
 from codellama.serve.service import Client, Ready, Service, Stream
@@ -60,14 +52,12 @@ class _Asked(Sampling):
 
     def settings(self, default_tokens: int, **more: Any) -> SamplingParams:
         """What the engine is asked for."""
-        bias = self.logit_bias or {}
-        if wrong := [key for key in bias if not key.isdecimal()]:
+        if wrong := [key for key in self.logit_bias or {} if not key.isdecimal()]:
             raise ValueError(f"logit_bias of {wrong[0]!r}: expected token ids")
-        n_tokens = default_tokens if self.max_tokens is None else self.max_tokens
         return self.params(
-            max_tokens=n_tokens,
+            max_tokens=default_tokens if self.max_tokens is None else self.max_tokens,
             temperature=1.0,
-            logit_bias=tuple((int(key), value) for key, value in bias.items()),
+            logit_bias=tuple((int(key), value) for key, value in (self.logit_bias or {}).items()),
             repetition_penalty=self.repetition_penalty,
             schema=self.response_format and self.response_format.schema_text(),
             **more,
@@ -105,7 +95,7 @@ class ChatBody(_Asked):
     """/v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=0, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     tools: list[Any] | None = None
@@ -142,7 +132,7 @@ async def completions(body: CompletionOrTabby, service: Ready, client: Client) -
         found = [prompts.completion(service.tokenizer, text, recognise) for text in texts]
     else:
         before = [t if isinstance(t, str) else service.tokenizer.decode(t) for t in texts]
-        found = [_gap(service, text, body.suffix, body.suffix_first) for text in before]
+        found = [service.gap(text, body.suffix, body.suffix_first) for text in before]
     request = body.request(found, params, best_of=best_of, is_infilling=body.suffix is not None)
     return await _Reply("text_completion", service, body, request, texts).send(client)
 
@@ -151,7 +141,7 @@ async def completions(body: CompletionOrTabby, service: Ready, client: Client) -
 async def fim_completions(body: FimBody, service: Ready, client: Client) -> Response:
     """Fill the gap between prompt and suffix; the reply is shaped like chat."""
     params = body.settings(service.most_tokens, seed=body.random_seed)
-    gap = _gap(service, body.prompt, body.suffix or "", body.suffix_first)
+    gap = service.gap(body.prompt, body.suffix or "", body.suffix_first)
     request = body.request([gap], params, is_infilling=True)
     return await _Reply("chat.completion", service, body, request).send(client)
 
@@ -173,29 +163,10 @@ async def chat_completions(body: ChatBody, service: Ready, client: Client) -> Re
 @router.get("/v1/models")
 async def models(service: Ready) -> Response:
     """The one model that is served."""
-    tokenizer = service.tokenizer
-    chats = tokenizer.chat_format is not None
-    entry = {
-        "id": service.name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "codellama",
-        "max_model_len": service.max_context,
-        "capabilities": ["completion"]
-        + ["insert"] * tokenizer.supports_infilling
-        + ["chat"] * chats,
-        "meta": service.meta,
-    }
+    entry = {"id": service.name, "object": "model", "created": service.created}
+    entry |= {"owned_by": "codellama", "max_model_len": service.max_context}
+    entry |= {"capabilities": service.capabilities, "meta": service.meta}
     return as_json({"object": "list", "data": [entry]})
-
-
-def _gap(service: Service, prefix: str, suffix: str, suffix_first: bool | None) -> prompts.Prompt:
-    if not service.tokenizer.supports_infilling:
-        message = f"{service.name} was not trained to infill"
-        raise ApiError(400, message, "suffix", "fim_not_supported")
-    if suffix_first is None:
-        suffix_first = service.limits.suffix_first
-    return prompts.infilling(service.tokenizer, prefix, suffix, suffix_first)
 
 
 class _Reply:
@@ -285,12 +256,12 @@ class _Reply:
             scores = await self.service.score(prompt)
             ids = [*prompt, *ids]
             values, tops = [None, *scores, *values], [*[None] * len(prompt), *tops]
-        tokenizer = self.service.tokenizer
-        tokens = [token_text(tokenizer, token) for token in ids]
-        shown = [top and {token_text(tokenizer, i): _finite(p) for i, p in top} for top in tops]
+        text = partial(token_text, self.service.tokenizer)
+        tokens = [text(token) for token in ids]
+        shown = [top and {text(i): _finite(p) for i, p in top} for top in tops]
         return {
             "tokens": tokens,
-            "token_logprobs": [None if value is None else _finite(value) for value in values],
+            "token_logprobs": [value if value is None else _finite(value) for value in values],
             "top_logprobs": shown if self.body.logprobs else None,
             "text_offset": list(accumulate(map(len, tokens), initial=n_chars))[:-1],
         }
@@ -304,8 +275,10 @@ class _Reply:
         ]
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        data = self.service.tokenizer.token_bytes(token)
-        text = data.decode("utf-8", "replace")
+        data, text = (
+            self.service.tokenizer.token_bytes(token),
+            token_text(self.service.tokenizer, token),
+        )
         return {"token": text, "logprob": _finite(logprob), "bytes": list(data)}
 
 

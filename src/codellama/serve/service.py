@@ -7,6 +7,7 @@ neither the engine nor a place. Whoever closes the stream ends what is left of i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -20,8 +21,10 @@ from fastapi import Depends
 from fastapi import Request as HttpRequest
 
 from codellama.engine import Engine, Piece, SamplingParams
+from codellama.engine.batcher import Generation
 from codellama.engine.endpoint import Endpoint
 from codellama.engine.grammar import matcher_of
+from codellama.serve import prompts
 from codellama.serve.generation import Edit, Request, Result, edited
 from codellama.serve.metrics import Metrics
 from codellama.serve.prompts import Prompt
@@ -83,12 +86,44 @@ class Service:
         return min(self.max_context, self.limits.max_new_tokens)
 
     @property
-    def is_full(self) -> bool:
-        """Whether not even one more text may begin."""
-        return self.n_texts >= self.limits.max_texts
+    def n_left(self) -> int:
+        """Texts that may still begin."""
+        return self.limits.max_texts - self.n_texts
 
-    async def stream(self, request: Request, client: str | None = None) -> Stream:
+    @property
+    def capabilities(self) -> list[str]:
+        """In Ollama's words."""
+        known = ["completion"] + ["insert"] * self.tokenizer.supports_infilling
+        return known + ["chat"] * (self.tokenizer.chat_format is not None)
+
+    def gap(
+        self,
+        prefix: str,
+        suffix: str,
+        suffix_first: bool | None = None,
+        files: Sequence[tuple[str, str]] = (),
+        n_tokens: int | None = None,
+    ) -> Prompt:
+        """The prompt of an infilling, cut so that n_tokens have room where they are given.
+
+        Raises:
+            ApiError: the model cannot infill.
+        """
+        if not self.tokenizer.supports_infilling:
+            message = f"{self.name} does not support insert: it was not trained to infill"
+            raise ApiError(501 if n_tokens else 400, message, "suffix", "fim_not_supported")
+        if suffix_first is None:
+            suffix_first = self.limits.suffix_first
+        room = self.max_context - min(n_tokens, self.max_context // 4) if n_tokens else None
+        return prompts.infilling(self.tokenizer, prefix, suffix, suffix_first, files, room)
+
+    async def stream(
+        self, request: Request, client: str | None = None, whole: bool = False
+    ) -> Stream:
         """Every piece of every text of a request, as they come; texts count prompt by prompt.
+
+        Args:
+            whole: each text as one piece, which costs the event loop less.
 
         Raises:
             ApiError: refused, too late, replaced by a newer request of this client, or failed.
@@ -98,7 +133,7 @@ class Service:
         only_newest = self.limits.newest_wins and request.is_infilling
         leave = self._enter(jobs, news, client if only_newest else None)
         tasks = [
-            asyncio.ensure_future(self._write(number, prompt, params, request.edit, news))
+            asyncio.ensure_future(self._write(number, prompt, params, request.edit, news, whole))
             for number, (prompt, params) in enumerate(jobs)
         ]
         for task in tasks:
@@ -126,7 +161,7 @@ class Service:
         Raises:
             ApiError: as `stream`.
         """
-        async with aclosing(self.stream(request, client)) as stream:
+        async with aclosing(self.stream(request, client, whole=True)) as stream:
             found = {number: result async for number, _, result in stream}
         best: list[Result] = []
         for start in range(0, len(found), request.n_tried):
@@ -150,7 +185,7 @@ class Service:
     async def _jobs(self, request: Request) -> list[tuple[Prompt, SamplingParams]]:
         """Each text's prompt and params; the i-th of a prompt has the seed + i."""
         params, most = request.params, self.limits.max_new_tokens
-        if params.max_tokens > most:
+        if params.max_tokens > most < self.max_context:
             raise ApiError(400, f"max_tokens = {params.max_tokens}: expected at most {most}")
         n_ids = self.tokenizer.vocab_size
         if wrong := [token for token, _ in params.logit_bias if token >= n_ids]:
@@ -180,7 +215,7 @@ class Service:
         if client is not None:
             self.end(ApiError(409, "a newer request of this client took its place"), client)
         is_busy = self.n_tokens + n_tokens > limits.max_total_tokens
-        if self.n_texts + n_texts > limits.max_texts or is_busy:
+        if n_texts > self.n_left or is_busy:
             raise busy()
         self.n_texts += n_texts
         self.n_tokens += n_tokens
@@ -195,13 +230,22 @@ class Service:
         return leave
 
     async def _write(
-        self, number: int, prompt: Prompt, params: SamplingParams, edit: Edit, news: News
+        self,
+        number: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        edit: Edit,
+        news: News,
+        whole: bool,
     ) -> None:
         """Bring the pieces of one text into the queue."""
         result = Result(prompt)
         with self.metrics.text(result):
             try:
-                pieces: Any = self.source.pieces(prompt.ids, params, prompt.stop_ids)
+                if whole and edit == Edit() and isinstance(self.source, Engine):
+                    pieces: Any = _at_end(self.source, result, params)
+                else:
+                    pieces = self.source.pieces(prompt.ids, params, prompt.stop_ids)
                 if edit != Edit():
                     pieces = edited(pieces, edit, prompt.suffix)
                 async with aclosing(pieces) as stream:
@@ -209,7 +253,32 @@ class Service:
                         result.add(piece)
                         news.put_nowait((number, piece, result))
             except Exception as error:  # noqa: BLE001  whatever it is, the client must hear of it
-                news.put_nowait(failed(error))
+                refused = isinstance(self.source, Endpoint) and isinstance(error, ValueError)
+                news.put_nowait(ApiError(400, str(error)) if refused else failed(error))
+
+
+async def _at_end(engine: Engine, result: Result, params: SamplingParams) -> AsyncGenerator[Piece]:
+    """As `Engine.pieces`, but the event loop is woken at the end only, not by every token."""
+    loop, news = asyncio.get_running_loop(), asyncio.Event()
+    known: list[Generation] = []
+
+    def listen() -> None:  # in the engine's thread
+        result.note_first()
+        if not known or known[0].sequence.finish_reason is not None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed
+                loop.call_soon_threadsafe(news.set)
+
+    generation = engine.submit(result.prompt.ids, params, result.prompt.stop_ids, listen)
+    known.append(generation)
+    piece = None
+    try:
+        while piece is None or piece.finish_reason is None:
+            await news.wait()
+            news.clear()
+            piece = generation.read()
+            yield piece
+    finally:
+        generation.cancel()
 
 
 def busy() -> ApiError:

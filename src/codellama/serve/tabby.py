@@ -9,9 +9,9 @@ from fastapi import APIRouter, Response
 from pydantic import Field
 
 from codellama.engine import SamplingParams
-from codellama.serve import bodies, prompts
+from codellama.serve import bodies
 from codellama.serve.generation import Edit, Request
-from codellama.serve.replies import ApiError, as_json
+from codellama.serve.replies import as_json
 from codellama.serve.service import Ready, Service
 
 router = APIRouter()
@@ -48,22 +48,14 @@ class Body(bodies.Body):
 
 async def complete(body: Body, service: Service, client: str) -> Response:
     """One suggestion for the gap between the segments; snippets go where the room is short."""
-    if not service.tokenizer.supports_infilling:
-        raise ApiError(501, f"{service.name} was not trained to infill")
     segments = body.segments
     snippets = (
         *(segments.relevant_snippets_from_recently_opened_files or ()),
         *(segments.relevant_snippets_from_changed_files or ()),
         *(segments.declarations or ()),
     )
-    prompt = prompts.infilling(
-        service.tokenizer,
-        segments.prefix,
-        segments.suffix or "",
-        service.limits.suffix_first,
-        [(snippet.filepath, snippet.body) for snippet in snippets],
-        service.max_context - NEW_TOKENS,
-    )
+    files = [(snippet.filepath, snippet.body) for snippet in snippets]
+    prompt = service.gap(segments.prefix, segments.suffix or "", None, files, NEW_TOKENS)
     n_tokens = min(NEW_TOKENS, service.most_tokens)
     params = SamplingParams(n_tokens, body.temperature or 0.0, seed=body.seed)
     request = Request((prompt,), params, edit=Edit(trim_suffix=True), is_infilling=True)
@@ -79,8 +71,3 @@ async def complete(body: Body, service: Service, client: str) -> Response:
 async def health(service: Ready) -> Response:
     """What Tabby's plugins ask before they begin."""
     return as_json({"model": service.name, "device": "cpu", "models": {}})
-
-
-@router.post("/v1/events", status_code=204)
-async def events() -> None:
-    """What users did with suggestions; not kept."""

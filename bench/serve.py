@@ -1,0 +1,246 @@
+"""What the server adds to the engine: throughput, overhead, time to the first token, many streams.
+
+Everything runs in this process, engine and server alike, so that both have the same cores:
+
+    throughput   32 requests at a time over HTTP beside `Engine.complete` with 32 prompts
+    overhead     one request at a time, no tokens but one, beside the engine; and for each token
+    streams      200 streams at once: first tokens, and whether each has the text of a lone request
+    leaving      clients that leave at random moments: memory and blocks before and after
+    keystrokes   a file of 2,000 lines is typed on; beside llama.cpp's server with --peer URL
+
+    python bench/serve.py [--streams 200] [--leavers 1000] [--tokens 64] [--peer URL]
+
+The peer gets the same /infill requests; start it on the same weights (`codellama convert … --to
+gguf`) and the same cores. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import os
+import random
+import resource
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import uvicorn
+
+from codellama.engine import Engine, SamplingParams
+from codellama.serve import Limits, Service, create_app
+from codellama.serve.guard import Protocol
+
+SOURCE = Path(json.__file__).parent.parent / "argparse.py"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name, count in (("streams", 200), ("leavers", 1000), ("tokens", 64), ("keystrokes", 40)):
+        parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--model")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--peer", help="address of llama.cpp's server")
+    options = parser.parse_args()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    engine = Engine(options.model, dtype=options.dtype)
+    url = listen(engine)
+    text = SOURCE.read_text()
+    results = throughput(engine, url, text, options.tokens)
+    results |= overhead(engine, url)
+    results |= asyncio.run(streams(engine, url, text, options.streams, options.tokens))
+    results |= asyncio.run(leaving(engine, url, options.leavers))
+    results["keystrokes"] = keystrokes(url, text, options.keystrokes)
+    if options.peer:
+        results["keystrokes_of_peer"] = keystrokes(options.peer, text, options.keystrokes)
+    print(json.dumps(results))
+
+
+def listen(engine: Engine) -> str:
+    service = Service(engine, engine.tokenizer, "codellama", {}, Limits(max_texts=1024))
+    config = uvicorn.Config(
+        create_app(lambda: service), port=8399, http=Protocol, log_level="error", access_log=False
+    )
+    threading.Thread(target=uvicorn.Server(config).run, daemon=True).start()
+    url = f"http://127.0.0.1:{config.port}"
+    while True:
+        try:
+            if httpx.get(f"{url}/health").status_code == 200:
+                return url
+        except httpx.TransportError:
+            time.sleep(0.05)
+
+
+def excerpts(text: str, count: int) -> list[str]:
+    lines = text.splitlines(keepends=True)
+    step = max(1, len(lines) // count)
+    return ["".join(lines[i * step % len(lines) :][:12]) for i in range(count)]
+
+
+def body_of(prompt: str, n_tokens: int, **more: object) -> dict[str, object]:
+    known = {"prompt": prompt, "max_tokens": n_tokens, "temperature": 0}
+    return known | {"logit_bias": {"2": -100}} | more  # no end before its time
+
+
+async def ask_all(url: str, bodies: list[dict[str, object]]) -> list[str]:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        replies = await asyncio.gather(
+            *(client.post("/v1/completions", json=body) for body in bodies)
+        )
+    return [reply.json()["choices"][0]["text"] for reply in replies]
+
+
+def throughput(engine: Engine, url: str, text: str, n_tokens: int) -> dict[str, float]:
+    """Tokens a second of 32 at a time: the engine alone, over HTTP, and over HTTP in streams."""
+    params = SamplingParams(n_tokens, logit_bias=((2, -100.0),))
+    rates: dict[str, list[float]] = {"engine": [], "http": [], "http_streams": []}
+    for repeat in range(3):
+        # Other prompts each time: nothing is found in the cache of the one before.
+        prompts = [f"# {repeat} {name}\n{p}" for p in excerpts(text, 32) for name in rates]
+        for number, name in enumerate(rates):
+            begin = time.perf_counter()
+            if name == "engine":
+                engine.complete(prompts[number::3], params)
+            else:
+                bodies = [body_of(prompt, n_tokens) for prompt in prompts[number::3]]
+                if name == "http_streams":
+                    asyncio.run(stream_all(url, [body | {"stream": True} for body in bodies]))
+                else:
+                    asyncio.run(ask_all(url, bodies))
+            rates[name].append(32 * n_tokens / (time.perf_counter() - begin))
+    best = {name: statistics.median(values) for name, values in rates.items()}
+    report = {f"{name}_tokens_per_s": round(value, 1) for name, value in best.items()}
+    return report | {
+        "throughput_share": round(best["http"] / best["engine"], 3),
+        "throughput_share_of_streams": round(best["http_streams"] / best["engine"], 3),
+    }
+
+
+def overhead(engine: Engine, url: str) -> dict[str, float]:
+    """Milliseconds that a lone request, and each of its tokens, takes longer than in the engine."""
+    alone: dict[int, list[float]] = {1: [], 129: []}
+    served: dict[int, list[float]] = {1: [], 129: []}
+    with httpx.Client(base_url=url) as client:
+        for n_tokens in (1, 129):
+            for number in range(30):
+                params = SamplingParams(n_tokens, logit_bias=((2, -100.0),))
+                begin = time.perf_counter()
+                engine.complete([f"x{number} = "], params)
+                alone[n_tokens].append(time.perf_counter() - begin)
+                begin = time.perf_counter()
+                client.post("/v1/completions", json=body_of(f"x{number} = ", n_tokens))
+                served[n_tokens].append(time.perf_counter() - begin)
+    extra = {n: 1000 * (statistics.median(served[n]) - statistics.median(alone[n])) for n in alone}
+    return {
+        "overhead_ms": round(extra[1], 3),
+        "overhead_ms_per_token": round((extra[129] - extra[1]) / 128, 4),
+    }
+
+
+async def stream_all(url: str, bodies: list[dict[str, object]]) -> list[tuple[str, float, float]]:
+    """(text, seconds to the first token, seconds in all) of streams that begin together."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+
+        async def one(body: dict[str, object]) -> tuple[str, float, float]:
+            begin, first, text = time.perf_counter(), 0.0, ""
+            async with client.stream("POST", "/v1/completions", json=body) as reply:
+                async for line in reply.aiter_lines():
+                    if line.startswith("data: {"):
+                        first = first or time.perf_counter() - begin
+                        text += json.loads(line[6:])["choices"][0]["text"]
+            return text, first, time.perf_counter() - begin
+
+        return await asyncio.gather(*(one(body) for body in bodies))
+
+
+async def streams(
+    engine: Engine, url: str, text: str, count: int, n_tokens: int
+) -> dict[str, object]:
+    prompts = [f"# {number}\n{excerpt}" for number, excerpt in enumerate(excerpts(text, count))]
+    found = await stream_all(url, [body_of(prompt, n_tokens, stream=True) for prompt in prompts])
+    params = SamplingParams(n_tokens, logit_bias=((2, -100.0),))
+    alone = [engine.complete([prompt], params)[0].text for prompt in prompts]
+    first = sorted(seconds for _, seconds, _ in found)
+    return {
+        "streams": count,
+        "streams_as_alone": sum(a == b for a, (b, _, _) in zip(alone, found, strict=True)),
+        "first_token_p50_s": round(statistics.median(first), 3),
+        "first_token_p95_s": round(first[int(0.95 * (len(first) - 1))], 3),
+        "slowest_stream_s": round(max(seconds for _, _, seconds in found), 3),
+    }
+
+
+async def leaving(engine: Engine, url: str, count: int) -> dict[str, object]:
+    rng = random.Random(0)
+
+    def memory_mb() -> float:
+        gc.collect()
+        fields = Path("/proc/self/statm").read_text().split()
+        return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    async def leave(client: httpx.AsyncClient) -> None:
+        body = body_of("a" * rng.randint(1, 200), 500, stream=rng.random() < 0.5)
+        task = asyncio.create_task(client.post("/v1/completions", json=body))
+        await asyncio.sleep(rng.choice((0, 0.001, 0.01, 0.1, 0.3)))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    before = 0.0
+    for _ in range(-(-count // 50)):
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            await asyncio.gather(*(leave(client) for _ in range(50)))
+        before = before or memory_mb()  # with what the first requests leave for good
+    await asyncio.sleep(0.5)
+    return {
+        "leavers": count,
+        "memory_growth_mb": round(memory_mb() - before, 1),
+        "blocks_in_use": engine._scheduler.pool.n_used,
+    }
+
+
+def keystrokes(url: str, text: str, count: int) -> dict[str, float]:
+    """Medians over suggestions while a function is typed in the middle of a file."""
+    lines = text.splitlines(keepends=True)[:2000]
+    prefix, suffix = "".join(lines[:1000]), "".join(lines[1000:])
+    typed = "    def __len__(self):\n        return len(self._actions)\n" * 4
+    first_ms, rates = [], []
+    with httpx.Client(base_url=url, timeout=120) as client:
+        for end in range(1, count + 1):
+            before = (prefix + typed[:end]).splitlines(keepends=True)
+            body = {  # what llama.vim sends: 256 lines before, 64 behind
+                "input_prefix": "".join(before[-256:-1]),
+                "prompt": before[-1],
+                "input_suffix": "".join(suffix.splitlines(keepends=True)[:64]),
+                "n_predict": 16,
+                "temperature": 0,
+                "cache_prompt": True,
+                "stream": True,
+            }
+            begin, first = time.perf_counter(), 0.0
+            n_tokens = 0
+            with client.stream("POST", "/infill", json=body) as reply:
+                for line in reply.iter_lines():
+                    if line.startswith("data: {"):
+                        first = first or time.perf_counter() - begin
+                        last = json.loads(line[6:])
+                n_tokens = last.get("timings", {}).get("predicted_n", 0)
+            if end > 1:  # the first finds nothing in the cache
+                first_ms.append(1000 * first)
+                rates.append(n_tokens / (time.perf_counter() - begin))
+    return {
+        "first_token_ms": round(statistics.median(first_ms), 1),
+        "first_token_p95_ms": round(sorted(first_ms)[int(0.95 * (len(first_ms) - 1))], 1),
+        "tokens_per_s": round(statistics.median(rates), 1),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
