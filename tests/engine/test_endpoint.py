@@ -200,7 +200,7 @@ def test_an_evaluation_goes_on_where_the_servers_failed(parrots, tmp_path, monke
     parrots[0].faults = [None] * 5 + [500]
     endpoint = Endpoint(parrots[0].url, n_attempts=1)
     path = tmp_path / "samples.jsonl"
-    with pytest.raises(ConnectionError, match="HTTP 500: .*no, because 500"):
+    with pytest.raises(ConnectionError, match=r"HTTP 500: .*no, because 500"):
         sampling.sample(endpoint, Lines(), path, decoding, {})
     assert len(path.read_text().splitlines()) == 4
     sampling.sample(endpoint, Lines(), path, decoding, {})

@@ -219,14 +219,11 @@ def test_infill_stops_at_eot(engine, small_tokenizer):
         ({"stop": ("",)}, "stop"),
         ({"min_p": 1.1}, "min_p"),
         ({"presence_penalty": float("inf")}, "presence_penalty"),
-        ({"frequency_penalty": 200}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"logit_bias": ((5, 101.0),)}, "logit_bias of 5 = 101"),
-        ({"logit_bias": (("a", 1.0),)}, "logit_bias of 'a'"),
         ({"logit_bias": ((5, 1.0), (5, 2.0))}, "each token id once"),
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"schema": "[1]"}, "schema"),
-        ({"schema": "{"}, "schema"),
     ],
 )
 def test_bad_parameters_are_named(changes, named):
@@ -353,8 +350,8 @@ def test_many_streams_in_an_event_loop(engine, monkeypatch):
         assert [top[0][0] for top in tops] == list(expected.token_ids)
         assert [top[0][1] for top in tops] == pytest.approx(expected.logprobs, abs=1e-4)
         assert {len(top) for top in tops} == {3}
-        assert [piece.finish_reason for piece in pieces][:-1] == [None] * (len(pieces) - 1)
-        assert pieces[-1].finish_reason == expected.finish_reason
+        reasons = [piece.finish_reason for piece in pieces]
+        assert reasons == [None] * (len(pieces) - 1) + [expected.finish_reason]
         assert {piece.n_cached for piece in pieces} == {(len(prompt) - 1) // 16 * 16}
     assert is_empty(engine)
 
@@ -362,7 +359,6 @@ def test_many_streams_in_an_event_loop(engine, monkeypatch):
 def test_death_of_the_thread_is_heard_by_all(engine, monkeypatch):
     """Those that run, those that wait, and those that come later."""
     slow_down(engine, monkeypatch, 0.01)
-    begin = time.monotonic()
 
     async def ask(prompt):
         ids = engine.tokenizer.encode(prompt, bos=True)
@@ -375,19 +371,16 @@ def test_death_of_the_thread_is_heard_by_all(engine, monkeypatch):
 
     results = asyncio.run(everything())
     assert [type(result) for result in results] == [RuntimeError] * len(PROMPTS)
-    assert engine.failure is not None
     assert "ZeroDivisionError" in engine.failure
     with pytest.raises(RuntimeError, match="the engine has stopped: ZeroDivisionError"):
         engine.complete(["x"])
-    assert time.monotonic() - begin < 30
 
 
 def test_slow_callers_lose_nothing(engine):
     """News that were read with earlier ones must not count as another end."""
     params = SamplingParams(max_tokens=8)
     expected = engine.complete(PROMPTS, params)
-    results = engine.complete(PROMPTS, params, on_text=lambda number, text: time.sleep(0.02))
-    assert results == expected
+    assert engine.complete(PROMPTS, params, on_text=lambda *_: time.sleep(0.02)) == expected
 
 
 def test_stop_string_that_begins_another(engine):
@@ -406,47 +399,3 @@ def test_ten_thousand_queued_requests(engine):
     engine.cancel()
     assert {g.read().finish_reason for g in generations} <= {"cancelled", "length"}
     assert is_empty(engine)
-
-
-def test_guessing_rests_where_it_costs_time():
-    """Guesses that are always wrong and cost a third more may lose 3% of the time at most."""
-    from codellama.engine.speculate import Speculator
-
-    class Text:
-        n_pending, n_left, changes_logits = 1, 10_000, False
-
-        def __init__(self):
-            self.tokens, self.draft, self.guesser = [1, 2, 3] * 5, [], None
-
-    text, speculator = Text(), Speculator(12)
-    spent = plain = 0.0
-    for step in range(3000):
-        speculator.prepare([text])
-        n_guessed, text.draft = len(text.draft), []
-        duration = 1.0 + (1 / 3 if n_guessed else 0)
-        text.tokens += [100 + step] if step % 3 == 0 else [1, 2, 3]
-        speculator.note([(text, 1)], [n_guessed], [[(0, 0.0, ())]], duration)
-        spent, plain = spent + duration, plain + 1.0
-    assert speculator.n_guessed > 10  # it tries again from time to time
-    assert spent < 1.03 * plain
-
-
-def test_guessing_goes_on_where_it_saves_time():
-    from codellama.engine.speculate import Speculator
-
-    class Text:
-        n_pending, n_left, changes_logits = 1, 10_000, False
-
-        def __init__(self):
-            self.tokens, self.draft, self.guesser = [1, 2, 3, 4, 5, 6, 7] * 3, [], None
-
-    text, speculator = Text(), Speculator(8)
-    n_steps, n_before = 0, len(text.tokens)
-    while len(text.tokens) < 1000:
-        speculator.prepare([text])
-        n_guessed, text.draft = len(text.draft), []
-        start = len(text.tokens) % 7
-        text.tokens += ([1, 2, 3, 4, 5, 6, 7] * 3)[start : start + n_guessed + 1]
-        speculator.note([(text, 1)], [n_guessed], [[(0, 0.0, ())] * (n_guessed + 1)], 1.3)
-        n_steps += 1
-    assert (len(text.tokens) - n_before) / n_steps > 7
