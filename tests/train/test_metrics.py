@@ -103,3 +103,17 @@ def test_matrix_rate(monkeypatch):
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     assert matrix_flops_per_s("cpu", torch.float32, 128) == pytest.approx(2 * 128**3 / 7)
     assert next(clock) == 6 * 7
+
+
+def test_tensorboard_has_the_same(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path, 0, tensorboard=True)
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 5.0 - step, "skipped": False})
+    log.rewind(1)
+    log.write({"step": 2, "loss": float("nan"), "lr": 0.5})
+    log.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(1, 4.0)]
+    assert [(event.step, event.value) for event in found.Scalars("lr")] == [(2, 0.5)]

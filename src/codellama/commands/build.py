@@ -22,6 +22,7 @@ from codellama.commands.options import (
     Overrides,
     RecipeFile,
     Replicas,
+    TensorBoard,
     TensorParts,
     Workers,
     check_device,
@@ -74,6 +75,7 @@ def train(
     workers: Workers = 1,
     replicas: Replicas = 1,
     tensor: TensorParts = 1,
+    tensorboard: TensorBoard = False,
     dry_run: DryRun = False,
     hardware: Hardware = None,
     devices: Devices = 1,
@@ -90,7 +92,7 @@ def train(
     if dry_run:
         _print_plan(loaded, [stage], hardware, devices, mfu, grid, as_json)
     else:
-        _train(loaded, [stage], device, workers, replicas, tensor)
+        _train(loaded, [stage], device, workers, tensorboard, replicas, tensor)
 
 
 def run(
@@ -104,6 +106,7 @@ def run(
     ] = None,
     device: Device = "cpu",
     workers: Workers = 1,
+    tensorboard: TensorBoard = False,
     dry_run: DryRun = False,
     hardware: Hardware = None,
     devices: Devices = 1,
@@ -129,7 +132,7 @@ def run(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise typer.BadParameter("under torchrun: prepare first, then `codellama train` a stage")
     _prepare(loaded)
-    if not _train(loaded, stages, device, workers):
+    if not _train(loaded, stages, device, workers, tensorboard):
         return
     from codellama.train.report import stage_table
 
@@ -190,6 +193,7 @@ def _train(
     stages: list[str],
     device: str,
     workers: int,
+    tensorboard: bool,
     n_replicas: int = 1,
     n_tensor: int = 1,
 ) -> bool:
@@ -199,7 +203,7 @@ def _train(
 
     try:
         for stage in stages:
-            print(train(recipe, stage, device, workers, n_replicas, n_tensor))
+            print(train(recipe, stage, device, workers, n_replicas, n_tensor, tensorboard))
             if recipe.stages[stage].measure_lines:
                 _measure_lines(recipe, stage, device)
     except TrainingStopped as stopped:

@@ -68,6 +68,9 @@ Mfu = Annotated[
     ),
 ]
 Grid = Annotated[float | None, typer.Option(min=0, help="With --dry-run: kg of CO2 for each kWh.")]
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="Write the metrics for TensorBoard, too.")
+]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that tokenise ahead.")]
 
 

@@ -123,12 +123,14 @@ def train(
     n_workers: int = 1,
     n_replicas: int = 1,
     n_tensor: int = 1,
+    tensorboard: bool = False,
 ) -> Path:
     """Run one stage, or what is left of it, and return its checkpoint folder.
 
     Args:
         n_replicas, n_tensor: how the processes that torchrun started share the work; see
             parallel.py.
+        tensorboard: write the metrics for TensorBoard, too.
 
     Raises:
         ValueError: wrong stage, missing corpus or tokenizer, the run folder holds a run with other
@@ -182,7 +184,7 @@ def train(
             if run.resume() and layout.is_main:
                 print(f"resumed at step {run.step}", file=sys.stderr)
             shares = cache(open_shares)  # opened here only when asked for, and checked once
-            _take_steps(run, forward, shares)
+            _take_steps(run, forward, shares, tensorboard)
             run.gather_lanes()
         weights = whole_state(model, layout) if stage.lora is None else merged_state(model)
         if layout.is_main:
@@ -209,7 +211,9 @@ def packing_settings(stage: Stage) -> PackingSettings:
     )
 
 
-def _take_steps(run: Run, forward: Callable[..., Tensor], shares: Shares) -> None:
+def _take_steps(
+    run: Run, forward: Callable[..., Tensor], shares: Shares, tensorboard: bool
+) -> None:
     """Take optimiser steps to the end of the stage."""
     stage, layout = run.stage, run.layout
     device = str(next(run.model.parameters()).device)
@@ -217,7 +221,7 @@ def _take_steps(run: Run, forward: Callable[..., Tensor], shares: Shares) -> Non
     flops_per_token = run.model.config.train_flops_per_token(stage.seq_len)
     if len(run.held_out) == 0:
         warn(layout, "the corpus has no held-out documents: no validation")
-    log = MetricsLog(run.folder, run.step, layout.is_main)
+    log = MetricsLog(run.folder, run.step, layout.is_main, tensorboard)
     has_gone_back = False  # since the last step that was taken
     first_s, stepping_s = None, 0.0  # the first step starts workers and compiles: not counted
     last = time.perf_counter()

@@ -42,21 +42,36 @@ class MetricsLog:
     """Appends to metrics.jsonl; a resumed run first drops what its state does not cover.
 
     A file that cannot be written to is a warning: training does not depend on it.
+
+    Args:
+        tensorboard: write the same to the folder `tensorboard`, too.
+
+    Raises:
+        ValueError: TensorBoard is not installed.
     """
 
-    def __init__(self, run_dir: Path, first_step: int, is_main: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path, first_step: int, is_main: bool = True, tensorboard: bool = False
+    ) -> None:
         self._path = run_dir / METRICS_FILE
         self._file = None
         self._pending = b""
         self._has_warned = False
+        self._board: Any = None
         if is_main:  # of the processes of a run one writes
             self._file = self._opened(first_step)
+            if tensorboard:
+                self._board = _board(run_dir / "tensorboard", first_step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add one row; it reaches the file at once, or with a later one. NaN becomes null."""
         if self._file is None:
             return
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        if self._board is not None:
+            for key, value in finite.items():
+                if key != "step" and value is not None:
+                    self._board.add_scalar(key, value, row["step"])
         self._pending += json.dumps(finite).encode() + b"\n"
         try:
             while self._pending:
@@ -71,6 +86,9 @@ class MetricsLog:
         if self._file is not None:
             self._file.close()
             self._file = self._opened(step)
+            if self._board is not None:
+                self._board.close()
+                self._board = _board(self._path.parent / "tensorboard", step)
 
     def _opened(self, step: int) -> FileIO:
         kept = [row for row in read_metrics(self._path.parent) if row["step"] <= step]
@@ -82,6 +100,19 @@ class MetricsLog:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _board(folder: Path, step: int) -> Any:
+    """TensorBoard's writer behind a step; what it holds of later ones is no longer shown."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "--tensorboard: TensorBoard is not installed; pip install 'codellama[watch]'"
+        ) from None
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
