@@ -1,6 +1,7 @@
 """Ship a trained stage with the package, with a model card made from its records.
 
     .venv/bin/python bench/release_model.py work/tiny code [--out src/codellama/pretrained]
+        [--tokens-before N --history TEXT]
 
 Reads the run's metrics and resolved settings and the corpus manifest, runs infill_lines.py and
 compression.py on the held-out packages, samples completions, and writes checkpoint and card. The
@@ -44,7 +45,9 @@ def bench(script: str, model: Path, corpus: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def card(work: Path, stage: str, results: dict[str, Any]) -> str:
+def card(
+    work: Path, stage: str, results: dict[str, Any], tokens_before: float, history: str
+) -> str:
     """Fill in the model card from what the run and the benches recorded."""
     run_dir = work / "runs" / stage
     corpus = json.loads((work / "corpus" / "manifest.json").read_text(encoding="utf-8"))
@@ -61,7 +64,8 @@ def card(work: Path, stage: str, results: dict[str, Any]) -> str:
         "n_params": f"{results['n_params']:,}",
         "n_documents": f"{corpus['n_documents']['train']:,}",
         "n_megabytes": f"{corpus['n_bytes']['train'] / 1e6:,.0f}",
-        "n_tokens": f"{steps[-1]['tokens'] / 1e6:.1f}",
+        "n_tokens": f"{(tokens_before + steps[-1]['tokens']) / 1e6:.1f}",
+        "history": f"{history.rstrip()} Then " if history else "",
         "held_out": ", ".join(corpus["held_out"]),
         "licences": "\n".join(
             f"| {name} | {counts['n_documents']:,} | {counts['n_bytes'] / 1e6:,.1f} |"
@@ -98,6 +102,10 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("stage")
     parser.add_argument("--out", type=Path, default=Path("src/codellama/pretrained"))
+    parser.add_argument(
+        "--tokens-before", type=float, default=0, help="of the weights it began with"
+    )
+    parser.add_argument("--history", default="", help="how those were trained, for the card")
     options = parser.parse_args()
     checkpoint = options.work / "runs" / options.stage / "checkpoint"
     corpus = options.work / "corpus"
@@ -107,7 +115,7 @@ def main() -> None:
         print(name, results[name], flush=True)
     engine = Engine(checkpoint, dtype="float32")
     results["n_params"] = sum(p.numel() for p in engine._runner.model.parameters())
-    text = card(options.work, options.stage, results)
+    text = card(options.work, options.stage, results, options.tokens_before, options.history)
     with new_folder(options.out) as folder:
         for file in sorted(checkpoint.iterdir()):
             (folder / file.name).write_bytes(file.read_bytes())
