@@ -25,7 +25,7 @@ def fuzzed():
 
 
 @pytest.mark.parametrize(
-    ("count", "phase"), [(6, "fuzzing"), pytest.param(100, "coverage", marks=pytest.mark.slow)]
+    ("count", "phase"), [(6, "fuzzing"), pytest.param(20, "coverage", marks=pytest.mark.slow)]
 )
 def test_requests_from_the_document(fuzzed, count, phase):
     """All checks of schemathesis; the phase `coverage` has every edge of every field."""

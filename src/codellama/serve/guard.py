@@ -66,6 +66,9 @@ class Guard:
             await self._pass(scope, receive, noted, lambda: is_whole)
         except ApiError as error:
             await error.response(scope["path"])(scope, receive, noted)
+        except Exception:  # the app has answered and logged it, without its message
+            if not status:
+                raise
         finally:
             service: Service | None = self.state.service
             if service is not None:

@@ -132,9 +132,12 @@ class Service:
         news: News = asyncio.Queue()
         only_newest = self.limits.newest_wins and request.is_infilling
         leave = self._enter(jobs, news, client if only_newest else None)
+        at_end = whole and request.edit == Edit() and isinstance(self.source, Engine)
         tasks = [
-            asyncio.ensure_future(self._write(number, prompt, params, request.edit, news, whole))
-            for number, (prompt, params) in enumerate(jobs)
+            asyncio.ensure_future(
+                self._write(n, Result(prompt), params, request.edit, at_end, news)
+            )
+            for n, (prompt, params) in enumerate(jobs)
         ]
         for task in tasks:
             task.add_done_callback(leave)
@@ -230,30 +233,22 @@ class Service:
         return leave
 
     async def _write(
-        self,
-        number: int,
-        prompt: Prompt,
-        params: SamplingParams,
-        edit: Edit,
-        news: News,
-        whole: bool,
+        self, n: int, result: Result, params: SamplingParams, edit: Edit, at_end: bool, news: News
     ) -> None:
         """Bring the pieces of one text into the queue."""
-        result = Result(prompt)
+        prompt, source = result.prompt, self.source
         with self.metrics.text(result):
             try:
-                if whole and edit == Edit() and isinstance(self.source, Engine):
-                    pieces: Any = _at_end(self.source, result, params)
+                if at_end and isinstance(source, Engine):
+                    pieces: Any = _at_end(source, result, params)
                 else:
-                    pieces = self.source.pieces(prompt.ids, params, prompt.stop_ids)
-                if edit != Edit():
-                    pieces = edited(pieces, edit, prompt.suffix)
-                async with aclosing(pieces) as stream:
+                    pieces = source.pieces(prompt.ids, params, prompt.stop_ids)
+                async with aclosing(edited(pieces, edit, prompt.suffix)) as stream:
                     async for piece in stream:
                         result.add(piece)
-                        news.put_nowait((number, piece, result))
+                        news.put_nowait((n, piece, result))
             except Exception as error:  # noqa: BLE001  whatever it is, the client must hear of it
-                refused = isinstance(self.source, Endpoint) and isinstance(error, ValueError)
+                refused = isinstance(source, Endpoint) and isinstance(error, ValueError)
                 news.put_nowait(ApiError(400, str(error)) if refused else failed(error))
 
 
