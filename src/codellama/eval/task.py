@@ -114,7 +114,7 @@ class Patience:
     cpu: float = 1.0
     """Times the limit, in processor time."""
     wall: float = 3.0
-    """Times that, by the clock. A program that sleeps 10 s fails HumanEval's own example."""
+    """Times the limit, by the clock. HumanEval's own example must fail for sleeping 10 s."""
 
 
 USUAL = Patience()
