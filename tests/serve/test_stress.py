@@ -10,7 +10,7 @@ import pytest
 from servers import gauge, in_thread, process, wait_for
 
 from codellama import Engine, SamplingParams
-from codellama.serve import Limits
+from codellama.serve import Limits, replies
 
 OTHER = {"user-agent": "another editor"}
 LONG = {"prompt": "a", "max_tokens": 900, "temperature": 0, "logit_bias": {"2": -100.0}}
@@ -120,6 +120,19 @@ def test_a_crowd(engine, count):
             [expected] = engine.complete([f"x = {number}\n"], SamplingParams(16))
             assert reply.json()["choices"][0]["text"] == expected.text
     assert max(health) < 5  # seconds, on a machine that may be busy
+
+
+def test_a_long_wait_keeps_the_line_open(engine, monkeypatch):
+    """The first token takes its time: comments come before it, and the text is whole."""
+    run = engine._runner.run
+    monkeypatch.setattr(engine._runner, "run", lambda plan: (time.sleep(0.3), run(plan))[1])
+    monkeypatch.setattr(replies, "PING_S", 0.05)
+    with in_thread(engine) as (url, _):
+        body = LONG | {"max_tokens": 2, "stream": True}
+        lines = httpx.post(f"{url}/v1/completions", json=body).text.split("\n\n")
+        assert lines[0] == ": wait"
+        assert lines[-2:] == ["data: [DONE]", ""]
+        assert any('"finish_reason": "length"' in line for line in lines)
 
 
 def test_limits_of_the_operator(engine):

@@ -34,7 +34,6 @@ class _Options(Sampling):
 class _Asked(Body):
     """What generate and chat share; they stream unless told otherwise."""
 
-    model: str | None = None
     options: _Options | None = None
     format: str | dict[str, Any] | None = None
     stream: bool | None = None
@@ -68,13 +67,6 @@ class ChatBody(_Asked):
 
     messages: list[ChatMessage] | None = None
     tools: list[Any] | None = None
-
-
-class ShowBody(Body):
-    """/api/show."""
-
-    model: str | None = None
-    name: str | None = None
 
 
 @router.post("/generate")
@@ -113,8 +105,8 @@ async def tags(service: Ready) -> Response:
 
 
 @router.post("/show")
-async def show(body: ShowBody, service: Ready) -> Response:
-    """What the model can do; clients look for .Suffix in the template."""
+async def show(service: Ready) -> Response:
+    """What the one model can do, whatever its name; clients look for .Suffix in the template."""
     template = TEMPLATE if service.tokenizer.supports_infilling else "{{ .Prompt }}"
     info = {"general.architecture": "llama", "llama.context_length": service.max_context}
     known = {"template": template, "parameters": "", "details": _details(service)}

@@ -33,7 +33,6 @@ class _StreamOptions(Body):
 class _Asked(Sampling):
     """Fields of OpenAI's bodies, vLLM's extensions, and ours."""
 
-    model: str | None = None
     max_tokens: Annotated[Whole, Field(ge=0, lt=2**31)] | None = None
     n: N | None = None
     logit_bias: dict[str, float] | None = None
