@@ -5,12 +5,14 @@ Everything runs in this process, engine and server alike, so that both have the 
     throughput   32 requests at a time over HTTP beside `Engine.complete` with 32 prompts
     overhead     one request at a time, no tokens but one, beside the engine; and for each token
     streams      200 streams at once: first tokens, and whether each has the text of a lone request
+    crowd        1,000 requests at once where 64 have a place: how soon the others hear 429
     leaving      clients that leave at random moments: memory and blocks before and after
     keystrokes   a file of 2,000 lines is typed on; beside llama.cpp's server with --peer URL
 
     python bench/serve.py [--streams 200] [--leavers 1000] [--tokens 64] [--peer URL]
 
-The peer gets the same /infill requests; start it on the same weights (`codellama convert … --to
+With --dtype float32 every stream must have the text of a lone request; in bfloat16 two tokens that
+are as good as equal may change places. The peer gets the same /infill requests; start it on the same weights (`codellama convert … --to
 gguf`) and the same cores. The last line is one JSON object.
 """
 
@@ -41,7 +43,13 @@ SOURCE = Path(json.__file__).parent.parent / "argparse.py"
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, count in (("streams", 200), ("leavers", 1000), ("tokens", 64), ("keystrokes", 40)):
+    for name, count in (
+        ("streams", 200),
+        ("leavers", 1000),
+        ("tokens", 64),
+        ("keystrokes", 40),
+        ("crowd", 1000),
+    ):
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--model")
     parser.add_argument("--dtype", default="bfloat16")
@@ -56,16 +64,22 @@ def main() -> None:
     results |= overhead(engine, url)
     results |= asyncio.run(streams(engine, url, text, options.streams, options.tokens))
     results |= asyncio.run(leaving(engine, url, options.leavers))
+    results |= asyncio.run(crowd(listen(engine, 64), options.crowd))
     results["keystrokes"] = keystrokes(url, text, options.keystrokes)
+    results["keystrokes_suffix_first"] = keystrokes(url, text, options.keystrokes, True)
     if options.peer:
         results["keystrokes_of_peer"] = keystrokes(options.peer, text, options.keystrokes)
     print(json.dumps(results))
 
 
-def listen(engine: Engine) -> str:
-    service = Service(engine, engine.tokenizer, "codellama", {}, Limits(max_texts=1024))
+def listen(engine: Engine, max_texts: int = 1024) -> str:
+    service = Service(engine, engine.tokenizer, "codellama", {}, Limits(max_texts=max_texts))
     config = uvicorn.Config(
-        create_app(lambda: service), port=8399, http=Protocol, log_level="error", access_log=False
+        create_app(lambda: service),
+        port=8300 + max_texts,
+        http=Protocol,
+        log_level="error",
+        access_log=False,
     )
     threading.Thread(target=uvicorn.Server(config).run, daemon=True).start()
     url = f"http://127.0.0.1:{config.port}"
@@ -127,7 +141,7 @@ def overhead(engine: Engine, url: str) -> dict[str, float]:
     """Milliseconds that a lone request, and each of its tokens, takes longer than in the engine."""
     alone: dict[int, list[float]] = {1: [], 129: []}
     served: dict[int, list[float]] = {1: [], 129: []}
-    with httpx.Client(base_url=url) as client:
+    with httpx.Client(base_url=url, timeout=120) as client:
         for n_tokens in (1, 129):
             for number in range(30):
                 params = SamplingParams(n_tokens, logit_bias=((2, -100.0),))
@@ -178,6 +192,45 @@ async def streams(
     }
 
 
+async def crowd(url: str, count: int) -> dict[str, object]:
+    """Over bare sockets, which cost this process less than a client would."""
+    body = json.dumps(body_of("def f(x):", 16)).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
+    head += "content-type: application/json\r\nconnection: close\r\n\r\n"
+    port = int(url.rpartition(":")[2])
+    found: dict[str, list[float]] = {}
+
+    async def one(request: bytes, number: int = 0) -> None:
+        await asyncio.sleep(number / 1000)  # a thousand connections a second
+        begin = time.perf_counter()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request)
+        status = (await reader.readline()).split()[1].decode()
+        found.setdefault(status, []).append(time.perf_counter() - begin)
+        await reader.read()
+        writer.close()
+
+    async def health() -> None:
+        request = b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+        while True:
+            begin = time.perf_counter()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request)
+            await reader.read()
+            writer.close()
+            found.setdefault("health", []).append(time.perf_counter() - begin)
+            await asyncio.sleep(0.02)
+
+    watching = asyncio.create_task(health())
+    await asyncio.gather(*(one(head.encode() + body, number) for number in range(count)))
+    watching.cancel()
+    report: dict[str, object] = {"crowd": {key: len(times) for key, times in found.items()}}
+    for key, times in found.items():
+        slowest = sorted(times)[int(0.99 * (len(times) - 1))]
+        report[f"crowd_{key}_p99_ms"] = round(1000 * slowest, 1)
+    return report
+
+
 async def leaving(engine: Engine, url: str, count: int) -> dict[str, object]:
     rng = random.Random(0)
 
@@ -206,7 +259,9 @@ async def leaving(engine: Engine, url: str, count: int) -> dict[str, object]:
     }
 
 
-def keystrokes(url: str, text: str, count: int) -> dict[str, float]:
+def keystrokes(
+    url: str, text: str, count: int, suffix_first: bool | None = None
+) -> dict[str, float]:
     """Medians over suggestions while a function is typed in the middle of a file."""
     lines = text.splitlines(keepends=True)[:2000]
     prefix, suffix = "".join(lines[:1000]), "".join(lines[1000:])
@@ -223,6 +278,7 @@ def keystrokes(url: str, text: str, count: int) -> dict[str, float]:
                 "temperature": 0,
                 "cache_prompt": True,
                 "stream": True,
+                "suffix_first": suffix_first,
             }
             begin, first = time.perf_counter(), 0.0
             n_tokens = 0

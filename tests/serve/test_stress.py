@@ -119,7 +119,7 @@ def test_a_crowd(engine, count):
         else:
             [expected] = engine.complete([f"x = {number}\n"], SamplingParams(16))
             assert reply.json()["choices"][0]["text"] == expected.text
-    assert max(health) < 5  # seconds, on a machine that may be busy
+    assert max(health) < 5 * count / 80  # seconds; this process is the crowd, too
 
 
 def test_a_long_wait_keeps_the_line_open(engine, monkeypatch):
