@@ -8,6 +8,7 @@ import torch
 from test_equal_results import prompts
 
 from codellama.engine import Engine, SamplingParams
+from codellama.engine.generator import Ask
 from codellama.engine.reference import generate_greedy
 
 SMALL = {"type": "integer", "minimum": 0, "maximum": 9}
@@ -89,6 +90,8 @@ def test_infilling_and_any_object(shipped):
     params = SamplingParams(60, temperature=1.0, seed=3, schema='{"type": "integer"}')
     [filled] = shipped.infill([("x = ", "\nprint(x)\n")], params)
     int(filled.text)
+    [strange] = shipped._generate([Ask([5], (2, -1, 10**9))], params, None)
+    int(strange.text)
     results = shipped.complete(["x = "], SamplingParams(40, 1.0, seed=5, n=8, schema="{}"))
     for result in results:
         assert result.text.startswith("{")

@@ -13,6 +13,7 @@ from codellama.engine.native import MAX_ROWS, NativeStep
 from codellama.engine.sequence import Sequence, TopLogprobs
 from codellama.model.attention import LENGTH_STEP, causal
 from codellama.model.transformer import Transformer
+from codellama.tokenizer import Tokenizer
 
 Chosen = list[tuple[int, float, TopLogprobs]]
 """Tokens that one step gave a sequence, each with its natural log-probability and those of the most
@@ -161,8 +162,8 @@ def change(logits: Tensor, sequence: Sequence) -> None:
         allowed = torch.frombuffer(
             bytearray(sequence.matcher.compute_logit_bias()), dtype=torch.uint8
         )
-        stops = list(sequence.stop_ids)
-        allowed[stops] = allowed[stops].max()  # EOS is allowed: so is what else ends a text
+        stops = [token for token in sequence.stop_ids if 0 <= token < len(allowed)]
+        allowed[stops] |= allowed[Tokenizer.eos_id]  # where the text may end, by any of them
         allowed = F.pad(allowed, (0, len(logits) - len(allowed)))
         logits.masked_fill_(allowed.to(device) == 0, -torch.inf)
 
