@@ -12,8 +12,8 @@ Everything runs in this process, engine and server alike, so that both have the 
     python bench/serve.py [--streams 200] [--leavers 1000] [--tokens 64] [--peer URL]
 
 With --dtype float32 every stream must have the text of a lone request; in bfloat16 two tokens that
-are as good as equal may change places. The peer gets the same /infill requests; start it on the same
-weights (`codellama convert … --to gguf`) and the same cores. The last line is one JSON object.
+are as good as equal may change places. The peer gets the same /infill requests; start it on the
+same weights (`codellama convert … --to gguf`) and the same cores. The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -137,6 +137,11 @@ def test_what_does_not_fit_is_left_out_and_said(post, engine):
     assert first["tokens_evaluated"] + 8 <= 1024
     assert "value_1999 = 1999\n    value_0 = 0\n" in first["prompt"]
     assert "X = 1" not in first["prompt"]
+    many = [{"filename": "y.py", "text": f"Y = {i}"} for i in range(20_000)]
+    short = {"input_prefix": "", "input_suffix": "", "n_predict": 8}
+    reply = post("/infill", **infill(**short | {"input_extra": many}))
+    assert reply["prompt"].endswith("Y = 19998\n\n# y.py\nY = 19999\n\n    ")
+    assert 900 < reply["tokens_evaluated"] <= 1016
     # The next keystroke finds what stands before it.
     more = post("/infill", **infill(input_prefix="".join(lines), **settings, prompt="    ab"))
     assert more["timings"]["cache_n"] > 400

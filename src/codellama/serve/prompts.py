@@ -21,6 +21,7 @@ from codellama.tokenizer.chat import Message
 # text, except before a line's end, where a client that writes one there would otherwise leave it.
 _WRITTEN = re.compile(r"\s?(?:<s>)?\s?<PRE>(.*)<SUF>(.*)<MID>(.*)", re.DOTALL)
 _UNIT = re.compile(r"[^\n]{0,200}\n|[^\n]{1,200}")
+_MAX_CHARS = 64  # of a token, generously
 _MARGIN_TOKENS = 16  # control ids, and what units encoded alone may save
 _SLASHES = re.compile(
     r"\.(c|h|cc|cpp|hpp|cs|java|[cm]?js|jsx|tsx?|go|rs|swift|kt|scala|php|dart|d|zig|cu|groovy|m"
@@ -78,14 +79,19 @@ def infilling(
         ValueError: the model cannot infill.
     """
     ids = tokenizer.encode_infilling(_headed(files) + prefix, suffix, suffix_first)
-    is_truncated = room is not None and len(ids) > room
-    if room is not None and is_truncated and files:
-        shorter = infilling(tokenizer, prefix, suffix, suffix_first, files[1:], room)
-        ids, suffix = list(shorter.ids), shorter.suffix
-    elif room is not None and is_truncated:
+    surplus = 0 if room is None else len(ids) - room
+    if room is None or surplus <= 0:
+        return Prompt(tuple(ids), gaps.stop_ids(tokenizer), suffix)
+    n_dropped = 0
+    while n_dropped < len(files) and surplus > 0:
+        dropped = _headed(files[n_dropped : n_dropped + 1])
+        surplus -= len(tokenizer.encode_without_prefix_space(dropped))
+        n_dropped += 1
+    if surplus > 0:
         prefix, suffix = _fitted(tokenizer, prefix, suffix, room - _MARGIN_TOKENS)
-        ids = tokenizer.encode_infilling(prefix, suffix, suffix_first)
-    return Prompt(tuple(ids), gaps.stop_ids(tokenizer), suffix, is_truncated)
+    before = _headed(files[n_dropped:]) + prefix
+    ids = tokenizer.encode_infilling(before, suffix, suffix_first)
+    return Prompt(tuple(ids), gaps.stop_ids(tokenizer), suffix, is_truncated=True)
 
 
 def dialog(tokenizer: Tokenizer, messages: Sequence[Message]) -> Prompt:
@@ -137,18 +143,25 @@ def _comment(path: str) -> str:
 
 def _fitted(tokenizer: Tokenizer, prefix: str, suffix: str, room: int) -> tuple[str, str]:
     """The texts without the lines farthest from the gap; three quarters belong to the prefix."""
+    # First roughly: what can never fit is not worth encoding line by line.
+    n_chars = room * _MAX_CHARS
+    prefix, suffix = prefix[_stepped(len(prefix) - n_chars, n_chars // 2) :], suffix[:n_chars]
     before, after = _UNIT.findall(prefix), _UNIT.findall(suffix)
     n_before = [len(tokenizer.encode_without_prefix_space(unit)) for unit in before]
     n_after = [len(tokenizer.encode_without_prefix_space(unit)) for unit in after]
     room_before = max(room * 3 // 4, room - sum(n_after))
-    # In steps, so that the next keystroke has the same beginning and finds it in the cache.
-    surplus = sum(n_before) - room_before
-    step = max(1, room_before // 4)
-    surplus = -(-surplus // step) * step
-    while before and surplus > 0:
-        surplus -= n_before.pop(0)
-        before.pop(0)
-    while after and sum(n_before) + sum(n_after) > room:
-        n_after.pop()
-        after.pop()
-    return "".join(before), "".join(after)
+    surplus = _stepped(sum(n_before) - room_before, room_before // 4)
+    start, end = 0, len(after)
+    while start < len(before) and surplus > 0:
+        surplus -= n_before[start]
+        start += 1
+    surplus = sum(n_before[start:]) + sum(n_after) - room
+    while end and surplus > 0:
+        end -= 1
+        surplus -= n_after[end]
+    return "".join(before[start:]), "".join(after[:end])
+
+
+def _stepped(surplus: int, step: int) -> int:
+    """At least the surplus, in whole steps: the next keystroke then has the same beginning."""
+    return max(0, -(-surplus // max(1, step)) * max(1, step))
