@@ -2,9 +2,11 @@
 
 import httpx
 import pytest
-from servers import free_port, listening, process, wait_for
+from servers import free_port, in_thread, listening, process
 
 from codellama import SamplingParams
+from codellama.engine.endpoint import Endpoint
+from codellama.serve import Service
 
 GAP = ("def area(r):\n    ", "\n    return a\n")
 
@@ -55,16 +57,11 @@ def test_exact_prompts_through_a_cluster(gateway, engine, asked):
         assert asked
 
 
-def test_health_is_that_of_the_cluster(server):
-    """Not ready before a server is there, red when none is left."""
-    port = free_port()
-    with process("--upstream", f"http://127.0.0.1:{port}", ready=False) as (url, _):
-        wait_for(lambda: status(url) == 503, 60)
-        assert status(url) == 503
-
-
-def status(url):
-    try:
-        return httpx.get(f"{url}/health").status_code
-    except httpx.TransportError:
-        return None
+def test_a_cluster_that_is_not_there(engine):
+    """Not ready before a server answers."""
+    endpoint = Endpoint(f"http://127.0.0.1:{free_port()}", tokenizer=engine.tokenizer)
+    service = Service(endpoint, engine.tokenizer, "codellama", {})
+    with in_thread(engine, load=lambda: service) as (url, _):
+        assert httpx.get(f"{url}/health").status_code == 503
+        body = {"prompt": "a", "max_tokens": 1}
+        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 503
