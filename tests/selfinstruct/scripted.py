@@ -75,7 +75,7 @@ licence = "MIT"
 [selfinstruct]
 hold_out = ["apart"]
 hold_out_share = 0.0
-timeout_s = 0.3
+timeout_s = 0.5
 [selfinstruct.questions]
 n = 1
 [selfinstruct.tests]

@@ -37,8 +37,10 @@ def test_mutants_differ_and_good_tests_notice_most():
     assert sum(noticed) >= len(found) - 3  # <= for < is the same program
     weak = "assert insertion([]) == []"
     assert sum(not sandbox.judge(m, weak, timeout_s=1).passed for m in found) < sum(noticed)
-    assert [sandbox.judge(stub, good).passed for stub in stubs("insertion")] == [False] * 8
-    assert any(sandbox.judge(stub, weak).passed for stub in stubs("insertion"))
+    assert not any(sandbox.judge(stub, good).passed for stub in stubs("insertion", [good]))
+    assert any(sandbox.judge(stub, weak).passed for stub in stubs("insertion", [weak]))
+    same = "assert insertion([2, 1]) == [1, 2]\nassert insertion((1, 2)) == [1, 2]"
+    assert [s for s in stubs("insertion", [same]) if sandbox.judge(s, same).passed]
 
 
 def test_mutants_of_what_the_parser_does_not_bear():

@@ -78,7 +78,8 @@ def test_hostile_and_vacuous_problems_are_counted_by_verdict(done):
     statuses = {row["id"].rpartition("/")[2]: row["status"] for row in done.rows("runs")}
     add = [statuses[f"0#{i}"] for i in range(8)]
     assert add[:2] == ["failed", "failed"]
-    assert add[2:4] == ["timeout", "output"]
+    assert add[2] == "timeout"
+    assert add[3] in ("output", "timeout")  # whichever limit comes first
     assert add[4:6] == ["failed", "failed"]
     assert "passed" not in {row["status"] for row in done.rows("runs") if "/10#" in row["id"]}
 
@@ -106,6 +107,7 @@ def test_report(done):
     assert funnel["programs executed"] == sum(sum(v.values()) for v in result["verdicts"].values())
     text = markdown(result)
     assert "| problems with a solution that passes | 4 |" in text
+    assert result["verdicts"]["runs"]["passed"] >= 2 + 8 + 8
     assert json.loads((done.folder / "report.json").read_text()) == result
 
 

@@ -53,9 +53,15 @@ def free_names(node: ast.AST) -> set[str]:
     return used - bound_names(node) - BUILTINS
 
 
-def stubs(name: str) -> list[str]:
-    """Functions that ignore what they are asked; tests that one of them passes test nothing."""
-    return [f"def {name}(*args, **named):\n    return {value}\n" for value in _STUBS]
+def stubs(name: str, tests: list[str]) -> list[str]:
+    """Functions that ignore what they are asked; tests that one of them passes test nothing.
+
+    One returns what the first test expects: if any constant passes all tests, that one does.
+    """
+    first = parse(tests[0]) or ast.Module([], [])
+    expected = [c for n in ast.walk(first) if isinstance(n, ast.Compare) for c in n.comparators]
+    values = [*_STUBS, *(ast.unparse(value) for value in expected[:1] if not free_names(value))]
+    return [f"def {name}(*args, **named):\n    return {value}\n" for value in values]
 
 
 def mutants(solution: str, n_wanted: int) -> list[str]:

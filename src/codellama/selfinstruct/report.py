@@ -62,7 +62,11 @@ def report(run: Run) -> dict[str, Any]:
         },
         "rejects": {"mined": _reasons(why for row in rows["mined"] for _, why in row["rejects"])}
         | {name: _reasons(row["reason"] for row in found) for name, found in rejects.items()},
-        "verdicts": {name: dict(Counter(r["status"] for r in each)) for name, each in runs.items()},
+        "verdicts": {
+            # Of a program that was run again, with other tests, the last.
+            name: dict(Counter({row["id"]: row["status"] for row in each}.values()))
+            for name, each in runs.items()
+        },
         "difficulty": dict(
             Counter(next(band for most, band in _BANDS if rate <= most) for rate in rates)
         ),

@@ -55,7 +55,10 @@ def agreed(passed: Sequence[frozenset[int]], min_tests: int) -> tuple[int, froze
 def check_jobs(problem: Row, n_mutants: int) -> list[Job]:
     """Programs that the tests must not accept, and one that measures what they cover."""
     tests, key = "\n".join(problem["tests"]), problem["id"]
-    jobs = [Job(f"{key}#stub{i}", s, tests) for i, s in enumerate(stubs(problem["name"]))]
+    jobs = [
+        Job(f"{key}#stub{i}", s, tests)
+        for i, s in enumerate(stubs(problem["name"], problem["tests"]))
+    ]
     changed = mutants(problem["solution"], n_mutants)
     jobs += [Job(f"{key}#mutant{i}", program, tests) for i, program in enumerate(changed)]
     program = coverage_program(problem["solution"], problem["tests"])

@@ -41,9 +41,12 @@ def prompt(role: SolutionWriter, problem: Row) -> Prompt:
 
 
 def solution_of(style: str, problem: Row, text: str) -> str:
-    """The program in an answer: between the markers or in a fence, or behind the head."""
+    """The program in an answer: between the markers or in a fence, or behind the head.
+
+    The docstring, which the model did not write, is left out.
+    """
     if style == "code":
-        return head(problem) + text
+        return f"{problem['head']}\n{text}" if "head" in problem else head(problem) + text
     tagged = between(text, "[PYTHON]", "[/PYTHON]")
     return fenced_code(text if tagged is None else tagged).strip() + "\n"
 
