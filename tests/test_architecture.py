@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
@@ -181,3 +182,9 @@ def test_no_paths_of_one_machine():
             if match := MACHINE_PATH.search(line):
                 found.append(f"{relative(path)}:{number}: {match.group()}")
     assert not found
+
+
+def test_names_of_test_files_are_unique():
+    """pytest imports them by name alone."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py"))
+    assert {name for name, n in names.items() if n > 1} == {"conftest.py"}

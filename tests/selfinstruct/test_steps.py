@@ -8,7 +8,7 @@ import time
 from collections import Counter
 
 import pytest
-from scripted import Model, main, write_recipe
+from scripted_roles import Model, main, write_recipe
 
 from codellama import sandbox
 from codellama.cli import run_command
@@ -161,7 +161,7 @@ def test_killed_in_each_step_it_goes_on_as_if_it_had_not_been(done, tmp_path):
     recipe = write_recipe(tmp_path)
     folder = tmp_path / "work" / "selfinstruct"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scripted"])
+    context.set_forkserver_preload(["scripted_roles"])
     n_killed = 0
     for name in ("mined", *SAMPLES[:2], "references", "problems", "solutions", "runs", "runs"):
         path = folder / f"{name}.jsonl"

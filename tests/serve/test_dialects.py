@@ -57,6 +57,12 @@ def test_mistral(post, server, expected):
     assert deltas[-1]["finish_reason"] == "length"
 
 
+def test_tabby_health(server):
+    found = httpx.get(f"{server}/v1/health").json()
+    assert found["version"]["git_describe"]  # its plugins fail without
+    assert found["model"]
+
+
 def test_tabby(post, engine):
     snippet = {"filepath": "lib/shapes.ts", "body": "const PI = 3;", "score": 1.0}
     segments = {"prefix": GAP[0], "suffix": GAP[1], "declarations": [snippet], "clipboard": "x"}

@@ -113,8 +113,9 @@ class Engine(Generator):
             options.get("max_guesses", 12),
             None if draft is None else DraftModel(draft, model, n_blocks, BLOCK_TOKENS),
         )
+        self._blocks = BlockPool(n_blocks)
         self._scheduler: Scheduler[Running] = Scheduler(
-            BlockPool(n_blocks), max_batch, options.get("step_tokens", STEP_TOKENS)
+            self._blocks, max_batch, options.get("step_tokens", STEP_TOKENS)
         )
         self._batcher = Batcher(self._runner, self._scheduler, guessing)
 
@@ -168,8 +169,9 @@ class Engine(Generator):
         loop, news = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
-                loop.call_soon_threadsafe(news.set)
+            if not news.is_set():  # else the loop is on its way already
+                with contextlib.suppress(RuntimeError):  # it was closed: nobody waits any more
+                    loop.call_soon_threadsafe(news.set)
 
         generation = self.submit(prompt, params, stop_ids, wake)
         try:
@@ -183,6 +185,11 @@ class Engine(Generator):
                     yield piece
         finally:
             generation.cancel()
+
+    @property
+    def cache_use(self) -> float:
+        """Share of the cache that what runs now holds, in [0, 1]."""
+        return self._blocks.n_used / self._blocks.n_blocks
 
     @property
     def failure(self) -> str | None:

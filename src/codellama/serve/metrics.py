@@ -28,6 +28,9 @@ class Metrics:
         self.tokens = Counter("codellama_generated_tokens", "Generated.", registry=known)
         self.waiting = Gauge("codellama_waiting", "Texts not begun yet.", registry=known)
         self.running = Gauge("codellama_running", "Texts being written.", registry=known)
+        self.cache_use = Gauge(
+            "codellama_cache_use", "Share of the cache that is held.", registry=known
+        )
         self.first_token_s = Histogram(
             "codellama_first_token_seconds", "Wait.", buckets=_SECONDS, registry=known
         )

@@ -76,6 +76,8 @@ class Service:
         self.meta, self.limits = meta, limits
         self.max_context, self.created = source.max_context, int(time.time())
         self.metrics = Metrics()
+        if isinstance(source, Engine):
+            self.metrics.cache_use.set_function(lambda: source.cache_use)
         self.n_texts = self.n_tokens = 0
         self._under_way: dict[News, str | None] = {}
         self._scoring = asyncio.Lock()

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Response
 from pydantic import Field
 
+from codellama.artifact import code_version
 from codellama.engine import SamplingParams
 from codellama.serve import bodies
 from codellama.serve.generation import Edit, Request
@@ -69,5 +70,6 @@ async def complete(body: Body, service: Service, client: str) -> Response:
 
 @router.get("/v1/health")
 async def health(service: Ready) -> Response:
-    """What Tabby's plugins ask before they begin."""
-    return as_json({"model": service.name, "device": "cpu", "models": {}})
+    """What Tabby's plugins ask before they begin; they read the version, and fail without one."""
+    version = {"git_describe": code_version()}
+    return as_json({"model": service.name, "device": "cpu", "models": {}, "version": version})
