@@ -8,7 +8,7 @@ import pytest
 from codellama import Engine, SamplingParams
 from codellama.engine.engine import SHIPPED_MODEL
 
-NOT_YET = "the shipped model saw 70 million tokens; it needs more to do this"
+NOT_YET = "the shipped model saw 100 million tokens; it needs more to do this"
 PERSON = "class Person:\n    def __init__(self, name, age):\n"
 
 
@@ -38,12 +38,6 @@ def test_it_loads_in_less_than_a_second_and_a_half_of_work():
     assert float(done.stdout) < 1.5, done.stderr
 
 
-def test_it_assigns_an_argument_of_init(engine):
-    result = engine.complete([PERSON], SamplingParams(max_tokens=12))[0]
-    assert "self.name = name" in result.text
-
-
-@pytest.mark.xfail(reason=NOT_YET, strict=True)
 @pytest.mark.parametrize("prompt", [PERSON, "def __init__(self, name, age):\n"])
 def test_it_assigns_the_arguments_of_init(engine, prompt):
     result = engine.complete([prompt], SamplingParams(max_tokens=48))[0]

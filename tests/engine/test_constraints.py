@@ -109,7 +109,7 @@ CHANGES = [
     {"schema": json.dumps(SCHEMAS["points"][0])},
     {"schema": json.dumps(SCHEMAS["text"][0]), "repetition_penalty": 1.1},
     {},
-    {"presence_penalty": 2.0, "logit_bias": ((5, 3.0),)},
+    {"presence_penalty": 2.0, "logit_bias": ((5, 3),)},
 ]
 
 

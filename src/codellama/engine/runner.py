@@ -157,7 +157,8 @@ def change(logits: Tensor, sequence: Sequence) -> None:
         logits[ids] = values
     if params.logit_bias:
         ids, biases = zip(*params.logit_bias, strict=True)
-        logits.index_add_(0, torch.tensor(ids, device=device), torch.tensor(biases, device=device))
+        added = torch.tensor(biases, dtype=logits.dtype, device=device)
+        logits.index_add_(0, torch.tensor(ids, device=device), added)
     if sequence.matcher is not None:
         allowed = torch.frombuffer(
             bytearray(sequence.matcher.compute_logit_bias()), dtype=torch.uint8
