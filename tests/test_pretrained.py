@@ -58,7 +58,6 @@ def test_it_closes_brackets(engine, opened):
     result = engine.complete([opened], SamplingParams(max_tokens=12))[0]
     line = opened + result.text.splitlines()[0]
     assert line.count("(") == line.count(")")
-    assert result.text.startswith(")")
 
 
 @pytest.mark.xfail(reason=NOT_YET, strict=True)
