@@ -279,8 +279,9 @@ def test_a_damaged_request_fails_alone(engine, monkeypatch):
 
     def poisoned(tokens, spans, wanted):
         out = logits(tokens, spans, wanted).clone()
-        if poison[-3:] == tokens[: len(poison)][-3:]:
-            out[0] = float("nan")
+        for row, at in enumerate(wanted):
+            if tokens[at - 2 : at + 1] == poison[-3:]:
+                out[row] = float("nan")
         return out
 
     monkeypatch.setattr(engine._runner, "logits", poisoned)

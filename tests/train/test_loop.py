@@ -470,14 +470,14 @@ def test_second_stage_starts_from_the_first(run_in_children, unbroken, tmp_path)
     )
     long = stage.replace("steps = 24", "steps = 2").replace("seq_len = 64", "seq_len = 128")
     (tmp_path / "copy" / "recipe.toml").write_text(f"{text}\n{long}rope_theta = 1e6\n")
-    (result,) = run_in_children(tmp_path / "copy", {"stage": "long"})
+    (result,) = run_in_children(tmp_path / "copy", {"stages": ["long"]})
     assert result["code"] == 0, result["log"]
     config = load_checkpoint(tmp_path / "copy" / "runs" / "long" / "checkpoint").config
     assert (config.rope_theta, config.max_position_embeddings) == (1e6, 128)
     first = training_rows(tmp_path / "copy", "long")[0]
     assert first["loss"] < training_rows(unbroken)[0]["loss"] - 1.5
     shutil.rmtree(tmp_path / "copy" / "runs")
-    (result,) = run_in_children(tmp_path / "copy", {"stage": "long"})
+    (result,) = run_in_children(tmp_path / "copy", {"stages": ["long"]})
     assert result["code"] == 1
     assert "stage 'code' comes first" in result["log"]
 
@@ -600,8 +600,8 @@ def test_adapters_are_trained_and_merged(run_in_children, unbroken, tmp_path):
     add_second_stage(unbroken, tmp_path, 'lora = { rank = 4, targets = ["q_proj", "up_proj"] }\n')
     killed, last = run_in_children(
         tmp_path,
-        {"stage": "second", "kill": ["step", 7]},
-        {"stage": "second"},
+        {"stages": ["second"], "kill": ["step", 7]},
+        {"stages": ["second"]},
     )
     assert (killed["code"], last["code"]) == (-signal.SIGKILL, 0), last["log"]
     assert "resumed at step 4" in last["log"]
