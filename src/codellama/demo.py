@@ -20,6 +20,7 @@ NEXT = """Try next:
   .venv/bin/codellama infill 'def add(a, b):<FILL_ME>print(add(1, 2))'
   .venv/bin/codellama complete 'import os' --temperature 0.8 --n 3 --seed 1 --json
   .venv/bin/codellama chat
+  .venv/bin/codellama serve                       # a page to try, and an API for your editor
   .venv/bin/codellama run recipes/tiny.toml       # train this model yourself
   make test"""
 
