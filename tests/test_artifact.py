@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 
@@ -200,3 +201,11 @@ def test_manifest_problems_are_named(tmp_path):
 def test_checksum(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert sha256_file(tmp_path / "file").startswith("ba7816bf8f01cfea")
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
+    hold = partial(artifact.only_process, tmp_path / "new", "counts stars")
+    with hold(), pytest.raises(ValueError, match="new: another process counts stars"), hold():
+        pass
+    with hold():
+        pass

@@ -10,6 +10,7 @@ It deliberately knows nothing of what the folders hold.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import glob
 import hashlib
 import json
@@ -164,3 +165,25 @@ def _exchange(a: Path, b: Path) -> bool:
     if renameat2 is None:
         return False
     return renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
+
+
+@contextmanager
+def only_process(folder: Path, doing: str) -> Iterator[None]:
+    """Hold a folder locked, made if it is not there; the lock ends with the process.
+
+    Args:
+        doing: what another process that holds it does, for the error.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process {doing}") from None
+        yield
+    finally:
+        os.close(descriptor)

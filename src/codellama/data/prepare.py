@@ -12,14 +12,11 @@ In: a `Recipe`. Out: `recipe.corpus_dir`, in the format that `corpus` describes.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +27,13 @@ from daft.exceptions import DaftCoreException
 from rich.console import Console
 from rich.progress import Progress
 
-from codellama.artifact import new_folder, read_manifest, write_file, write_manifest
+from codellama.artifact import (
+    new_folder,
+    only_process,
+    read_manifest,
+    write_file,
+    write_manifest,
+)
 from codellama.data.benchmarks import benchmark_files
 from codellama.data.corpus import KIND, SPLITS
 from codellama.data.data_card import write_card
@@ -59,7 +62,7 @@ def prepare_corpus(recipe: Recipe, ray: str | None = None) -> Path:
     """
     folder = recipe.corpus_dir.absolute()
     console = Console(stderr=True)
-    with _only_writer(folder):
+    with only_process(folder.parent, "is preparing a corpus here"):
         with console.status("listing sources …"):
             work = _plan(recipe, build=True)
         state = _state(work)
@@ -148,21 +151,6 @@ def _plan(recipe: Recipe, build: bool) -> _Work:
         path = folder / f"{staged_key(unit, source, settings)}.parquet"
         staged.append(Staged(path, unit, number))
     return _Work(corpus, listing, settings, folder, staged)
-
-
-@contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder above the corpus locked; the lock ends with the process."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is preparing this corpus") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _block_list(benchmarks: Benchmarks, folder: Path, build: bool) -> Path:

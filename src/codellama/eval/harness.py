@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from codellama.artifact import write_file
+from codellama.artifact import only_process, write_file
 from codellama.eval.report import write_report
 from codellama.eval.samples import read_samples, write_samples
 from codellama.eval.sampling import Decoding, sample
@@ -88,6 +88,19 @@ def evaluate(
     Raises:
         ValueError: the only run cannot be done, or samples are wrong.
     """
+    with only_process(folder, "is evaluating into it"):
+        return _evaluate_all(generator, wanted, folder, model, setting, options, progress)
+
+
+def _evaluate_all(
+    generator: Generator,
+    wanted: Sequence[Wanted],
+    folder: Path,
+    model: dict[str, Any],
+    setting: Setting,
+    options: Options,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
     results = []
     prompts: dict[str, dict[str, str]] = {}
     for run in wanted:
