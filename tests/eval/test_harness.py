@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import pytest
 from scripted import Scripted
 
+from codellama.artifact import only_process
 from codellama.cli import run_command
 from codellama.eval import harness
 from codellama.eval.compare import as_lines, compare
@@ -23,6 +24,12 @@ def run(folder, data, answer, tasks=("lcc",), n=None, temperatures=()):
     generator = Scripted(answer)
     setting, options = Setting(data), harness.Options()
     return harness.evaluate(generator, wanted, folder, MODEL, setting, options), generator
+
+
+def test_two_processes_do_not_evaluate_into_one_folder(shared_data, tmp_path):
+    hold = only_process(tmp_path, "is evaluating into it")
+    with hold, pytest.raises(ValueError, match="another process is evaluating"):
+        run(tmp_path, shared_data, lambda prompt, params: "x")
 
 
 def test_report(shared_data, tmp_path):
