@@ -88,37 +88,25 @@ def evaluate(
     Raises:
         ValueError: the only run cannot be done, or samples are wrong.
     """
-    with only_process(folder, "is evaluating into it"):
-        return _evaluate_all(generator, wanted, folder, model, setting, options, progress)
-
-
-def _evaluate_all(
-    generator: Generator,
-    wanted: Sequence[Wanted],
-    folder: Path,
-    model: dict[str, Any],
-    setting: Setting,
-    options: Options,
-    progress: Progress | None,
-) -> list[dict[str, Any]]:
     results = []
     prompts: dict[str, dict[str, str]] = {}
-    for run in wanted:
-        task = make_task(run.task, setting)
-        place = folder / run.folder
-        try:
-            result = _evaluate(generator, task, place, run.decoding, model, options, progress)
-            prompts.setdefault(task.name, {}).update(
-                (p.task_id, task.prompt(p).as_text()) for p in task.problems()[: options.limit]
-            )
-        except ValueError as error:
-            if len(wanted) == 1:
-                raise
-            result = {"task": task.name, "skipped": str(error)}
-            place.mkdir(parents=True, exist_ok=True)
-        write_file(place / "results.json", json.dumps(result, indent=1) + "\n")
-        results.append(result)
-    write_report(folder, prompts)
+    with only_process(folder, "is evaluating into it"):
+        for run in wanted:
+            task = make_task(run.task, setting)
+            place = folder / run.folder
+            try:
+                result = _evaluate(generator, task, place, run.decoding, model, options, progress)
+                prompts.setdefault(task.name, {}).update(
+                    (p.task_id, task.prompt(p).as_text()) for p in task.problems()[: options.limit]
+                )
+            except ValueError as error:
+                if len(wanted) == 1:
+                    raise
+                result = {"task": task.name, "skipped": str(error)}
+                place.mkdir(parents=True, exist_ok=True)
+            write_file(place / "results.json", json.dumps(result, indent=1) + "\n")
+            results.append(result)
+        write_report(folder, prompts)
     return results
 
 
