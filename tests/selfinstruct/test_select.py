@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from codellama import sandbox
+from codellama.eval.rows import read_rows
 from codellama.eval.task import Verdict
 from codellama.selfinstruct import execute as executing
 from codellama.selfinstruct.execute import Job, execute
-from codellama.selfinstruct.lines import read_rows
 from codellama.selfinstruct.python import coverage_program, mutants, parse, stubs
 from codellama.selfinstruct.select import agreed
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from codellama.artifact import code_version, write_file
 from codellama.engine.sampling import SamplingParams
+from codellama.eval.rows import appending, read_rows
 from codellama.eval.task import Generator, Problem, Prompt, Task, stable_seed
 
 CHUNK = 256  # requests between two writes: four batches of the engine
@@ -85,18 +86,16 @@ def sample(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_settings(path.with_suffix(".settings.json"), settings)
-    done = _done(path)
-    wanted = [(p, i) for p in problems for i in range(decoding.n) if (p.task_id, i) not in done]
-    n_done = len(problems) * decoding.n - len(wanted)
-    with path.open("a", encoding="utf-8") as file:
+    total = len(problems) * decoding.n
+    with appending(path) as append:
+        done = {(row["task_id"], row["sample"]) for row in read_rows(path)}
+        wanted = [(p, i) for p in problems for i in range(decoding.n) if (p.task_id, i) not in done]
         for begin in range(0, len(wanted), CHUNK):
-            chunk = wanted[begin : begin + CHUNK]
-            rows = _answers(generator, task, chunk, decoding)
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            n_done += len(chunk)
+            for row in _answers(generator, task, wanted[begin : begin + CHUNK], decoding):
+                append(row)
             if progress:
-                progress(n_done, len(problems) * decoding.n)
+                n_left = max(0, len(wanted) - begin - CHUNK)
+                progress(total - n_left, total)
     return settings
 
 
@@ -196,15 +195,3 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
                 f"{path}: made with {key} = {before.get(key)!r}, now {now.get(key)!r}; "
                 "continue with the same settings or write elsewhere with --out"
             )
-
-
-def _done(path: Path) -> set[tuple[str, int]]:
-    """What an interrupted run has written; a torn last line is cut off."""
-    if not path.exists():
-        return set()
-    whole, _, torn = path.read_bytes().rpartition(b"\n")
-    if torn:
-        with path.open("r+b") as file:
-            file.truncate(len(whole) + 1 if whole else 0)
-    rows = [json.loads(line) for line in whole.splitlines() if line.strip()]
-    return {(row["task_id"], row["sample"]) for row in rows}

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from codellama import sandbox
 from codellama.eval.execution import calibrate, judge_python
+from codellama.eval.rows import Row, appending, read_rows
 from codellama.eval.task import Patience
-from codellama.selfinstruct.lines import Row, appending, read_rows
 
 N_ERROR_RETRIES = 2  # beyond the sandbox's own
 BATCH = 64  # jobs of one task on a cluster: half a second

@@ -18,11 +18,11 @@ import numpy as np
 
 from codellama.data.decontaminate import BlockList
 from codellama.data.near_dedup import representatives, signatures
+from codellama.eval.rows import Row
 from codellama.eval.task import Prompt, fenced_code, random_for
 from codellama.recipe import NearDuplicates
 from codellama.recipe_selfinstruct import QuestionWriter
 from codellama.selfinstruct.asking import as_prompt, turns
-from codellama.selfinstruct.lines import Row
 from codellama.selfinstruct.python import parse
 from codellama.tokenizer.chat import TAGS, check_dialog
 

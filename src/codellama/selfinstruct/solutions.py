@@ -8,6 +8,7 @@ instruct models are trained on, and what held-out problems ask: `request`.
 from __future__ import annotations
 
 from codellama.eval.execution import judge_python
+from codellama.eval.rows import Row
 from codellama.eval.task import (
     USUAL,
     Patience,
@@ -22,7 +23,6 @@ from codellama.eval.task import (
 )
 from codellama.recipe_selfinstruct import SolutionWriter
 from codellama.selfinstruct.asking import as_prompt
-from codellama.selfinstruct.lines import Row
 from codellama.selfinstruct.unit_tests import EXAMPLE_PROBLEM, EXAMPLE_TESTS
 
 _EXAMPLE = "def get_unique_elements(items):\n    return list(dict.fromkeys(items))"

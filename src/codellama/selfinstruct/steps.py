@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from codellama.data.decontaminate import build_block_list
+from codellama.eval.rows import Row, appending, read_rows, write_rows
 from codellama.eval.task import Prompt
 from codellama.recipe import Recipe
 from codellama.recipe_selfinstruct import Role, SelfInstruct
 from codellama.selfinstruct import questions, solutions, unit_tests
 from codellama.selfinstruct.asking import Open, ask, open_role, turns
 from codellama.selfinstruct.execute import Job, execute
-from codellama.selfinstruct.lines import Row, appending, read_rows, write_rows
 from codellama.selfinstruct.mine import mine
 from codellama.selfinstruct.select import check, check_jobs, chosen, passed_tests, solution_jobs
 from codellama.tokenizer.chat import TAGS

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ast
 
+from codellama.eval.rows import Row
 from codellama.eval.task import Prompt
 from codellama.recipe_selfinstruct import TestWriter
 from codellama.selfinstruct.asking import as_prompt
-from codellama.selfinstruct.lines import Row
 from codellama.selfinstruct.python import free_names, parse, unparse
 from codellama.tokenizer.chat import TAGS
 

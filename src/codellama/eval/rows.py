@@ -1,6 +1,7 @@
 """JSON lines that a killed process may leave at any moment: read them, go on writing them.
 
 A row is written with one flush; what a kill cuts in the middle is the last line, and is dropped.
+Samples and all files of self-instruct are such files.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def read_rows(path: Path) -> list[Row]:
         return []
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError as error:
