@@ -151,6 +151,7 @@ FORGERIES = {
 def test_forgery_fails(name, pool):
     outcome = pool.judge(FORGERIES[name], TESTS, timeout_s=5, memory_bytes=256 << 20)
     assert outcome.status in {"failed", "timeout", "memory", "output", "crashed"}, outcome
+    assert outcome.status != "timeout" or name in ("thread that answers", "huge value", "frames")
     assert pool.judge("def f(x): return x * x", TESTS).passed
 
 
