@@ -97,6 +97,8 @@ class Stage(Section):
     """Tokens per optimiser step over all ranks and micro-batches."""
     micro_batch: Positive = 8
     """Sequences per forward pass on one rank."""
+    optimizer: Literal["adamw", "muon"] = "adamw"  # Code Llama paper 2.6
+    """`muon` trains the matrices within the blocks by Muon, for models that fit on one device."""
     peak_lr: Annotated[float, Field(gt=0)]
     final_lr_ratio: Share = 1 / 30  # Code Llama paper 2.6
     warmup_steps: Annotated[int, Field(ge=0)] = 1000  # Code Llama paper 2.6
@@ -116,6 +118,10 @@ class Stage(Section):
     alone (docs/experiments.md); not in the paper."""
     fim_rate: Share = 0.9  # Code Llama paper 2.3
     spm_share: Share = 0.5  # Code Llama paper 2.3
+    fim_line_share: Share = 0.0
+    """Share of the transformed documents of which the rest of a line, or a few lines, are taken out
+    instead of what lies between two characters. Where a gap ends at a line's end a small model
+    learns to end there (docs/experiments.md); not in the paper."""
     rope_theta: Annotated[float, Field(gt=0)] | None = None
     """Replaces the model's rotary base in this stage and in what it writes."""
     max_spike_sigmas: Annotated[float, Field(gt=0)] | None = None

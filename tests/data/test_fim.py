@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codellama.data import fim
-from codellama.data.fim import split_document, split_three, transform
+from codellama.data.fim import split_at_lines, split_document, split_three, transform
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
 
@@ -66,6 +66,24 @@ def test_transformed_document_is_the_document(small_tokenizer, text, seed):
     assert before + suffix == text
 
 
+@given(TEXTS, st.integers())
+def test_gaps_at_lines_join_to_the_text(text, seed):
+    prefix, middle, suffix = split_at_lines(text, random.Random(seed))
+    assert prefix + middle + suffix == text
+    assert suffix == "" or suffix[0] == "\n"
+
+
+def test_gaps_at_lines():
+    """Half from a line's start, half from within; 0.4 of those left go on at each line's end."""
+    text = "\n".join(f"line {number:04}" for number in range(1000))
+    gaps = [split_at_lines(text, random.Random(seed)) for seed in range(4000)]
+    from_start = sum(not prefix or prefix.endswith("\n") for prefix, _, _ in gaps)
+    assert from_start / 4000 == pytest.approx(0.5 + 0.5 / 10, abs=0.04)
+    n_ends = Counter(middle.count("\n") for _, middle, _ in gaps)
+    for further, share in enumerate([0.6, 0.24, 0.096]):
+        assert n_ends[further] / 4000 == pytest.approx(share, abs=0.04)
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """What was drawn for each of many documents: None, or whether the suffix comes first."""
@@ -98,6 +116,21 @@ def test_a_changed_rate_keeps_the_cut_points(small_tokenizer):
             for rate in (0.5, 1.0)
         )
         assert some in (None, every)
+
+
+def test_the_share_of_gaps_at_lines_does_not_move_the_other_cut_points(small_tokenizer):
+    text = "a = [1, 2, 3]\nb = [4, 5]\n" * 3
+    differ = 0
+    for seed in range(100):
+        none, half, every = (
+            transform(small_tokenizer, text, random.Random(seed), 1, 0.5, share)
+            for share in (0.0, 0.5, 1.0)
+        )
+        assert half in (none, every)
+        _, suffix = parts_of(small_tokenizer, every)
+        assert suffix == "" or suffix[0] == "\n"
+        differ += half != none
+    assert 25 < differ < 75
 
 
 def test_same_seed_same_split(small_tokenizer):

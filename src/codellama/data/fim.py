@@ -37,8 +37,33 @@ def split_three(text: str, rng: random.Random) -> tuple[str, str, str]:
     return text[:first], text[first:second], text[second:]
 
 
+def split_at_lines(text: str, rng: random.Random) -> tuple[str, str, str]:
+    """Cut out what an editor asks for: a line from its start or from a point in it, and often more.
+
+    Each further line is taken with probability 0.4. The suffix starts with a line's end.
+
+    Returns:
+        (prefix, middle, suffix); the middle is empty where the point drawn ends a line.
+    """
+    begin = end = rng.randint(0, len(text))
+    if rng.random() < 0.5:
+        begin = text.rfind("\n", 0, begin) + 1
+    while True:
+        end = text.find("\n", end)
+        if end < 0:
+            return text[:begin], text[begin:], ""
+        if rng.random() >= 0.4:
+            return text[:begin], text[begin:end], text[end:]
+        end += 1
+
+
 def transform(
-    tokenizer: Tokenizer, text: str, rng: random.Random, fim_rate: float, spm_share: float
+    tokenizer: Tokenizer,
+    text: str,
+    rng: random.Random,
+    fim_rate: float,
+    spm_share: float,
+    line_share: float = 0.0,
 ) -> list[int] | None:
     """The ids of a document transformed for infilling, or None when it is drawn to stay as it is.
 
@@ -49,6 +74,8 @@ def transform(
     if not is_transformed:
         return None
     prefix, middle, suffix = split_three(text, rng)
+    if rng.random() < line_share:
+        prefix, middle, suffix = split_at_lines(text, rng)
     return infilling_example(tokenizer, prefix, middle, suffix, suffix_first)
 
 

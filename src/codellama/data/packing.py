@@ -59,6 +59,7 @@ class PackingSettings:
     seq_len: int
     fim_rate: float = 0.0
     spm_share: float = 0.5
+    fim_line_share: float = 0.0
     max_document_chars: int | None = None
     repeat_rate: float = 0.0
     seed: int = 0
@@ -191,7 +192,12 @@ class Lane:
         if len(whole.ids) <= n_remaining and settings.fim_rate > 0:
             name, text = self._document()
             middle_out = transform(
-                self.tokenizer, text, random.Random(name), settings.fim_rate, settings.spm_share
+                self.tokenizer,
+                text,
+                random.Random(name),
+                settings.fim_rate,
+                settings.spm_share,
+                settings.fim_line_share,
             )
             if middle_out is not None and len(middle_out) + 2 <= n_remaining:
                 return Encoded(name, [self.tokenizer.bos_id, *middle_out, self.tokenizer.eos_id])

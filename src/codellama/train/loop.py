@@ -36,7 +36,7 @@ from codellama.tokenizer import Tokenizer
 from codellama.train.health import Health
 from codellama.train.loss import LossFunction
 from codellama.train.metrics import MetricsLog, draw_curve, matrix_flops_per_s
-from codellama.train.optim import learning_rate, make_optimizer
+from codellama.train.optim import Optimizer, learning_rate, make_optimizer
 from codellama.train.parallel import (
     Layout,
     all_lanes,
@@ -77,7 +77,7 @@ class Run:
     stage: Stage
     folder: Path
     model: Transformer
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
     loader: Loader
     health: Health
     tokenizer: Tokenizer
@@ -205,6 +205,7 @@ def packing_settings(stage: Stage) -> PackingSettings:
         stage.seq_len,
         stage.fim_rate,
         stage.spm_share,
+        stage.fim_line_share,
         stage.max_document_chars,
         stage.repeat_rate,
         stage.seed,

@@ -26,10 +26,11 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 
 from codellama.artifact import MANIFEST, new_folder, read_manifest, sha256_file, write_manifest
+from codellama.train.optim import Optimizer
 from codellama.train.parallel import ALONE, Layout, from_main
 
 _TENSORS = "tensors.safetensors"  # of one process; several write a file each
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 _SUMS = "SHA256SUMS"
 
 
@@ -37,7 +38,7 @@ def save_state(
     run_dir: Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     position: dict[str, Any],
     keep: int,
     layout: Layout = ALONE,
@@ -74,7 +75,7 @@ def save_state(
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """What a run has learned so far, by name; parts of tensors where ranks share them."""
     learned = _learned(model)
     tensors = {f"model.{name}": parameter.detach() for name, parameter in learned.items()}
@@ -105,7 +106,7 @@ def _save_parts(tensors: dict[str, Tensor], folder: Path) -> None:
 def load_latest_state(
     run_dir: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     layout: Layout = ALONE,
 ) -> tuple[int, dict[str, Any]] | None:
     """Restore model and optimiser from the newest undamaged state, whatever wrote it.
@@ -154,7 +155,7 @@ def _checksums(folder: Path) -> str:
 
 
 def _restore(
-    tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+    tensors: dict[str, Tensor], model: nn.Module, optimizer: Optimizer
 ) -> None:
     """Copy a state's tensors into a model and its optimiser."""
     if "rng" in tensors:
@@ -172,7 +173,7 @@ def _restore(
 
 
 def _restore_parts(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, layout: Layout
+    folder: Path, model: nn.Module, optimizer: Optimizer, layout: Layout
 ) -> None:
     """Read what this rank holds of each tensor, however the ranks that wrote it were laid out."""
     reader = HuggingFaceStorageReader(str(folder))
