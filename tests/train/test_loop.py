@@ -29,7 +29,7 @@ from codellama.train.loss import LossFunction, can_compile
 from codellama.train.start import prepared
 
 GOLDEN = Path(__file__).parent / "golden_loss.json"
-BFLOAT16 = ["stages.code.dtype=bfloat16"]
+BFLOAT16 = ["stages.code.dtype=bfloat16", "stages.code.optimizer=muon"]
 
 
 def weights(work, stage="code"):
@@ -166,7 +166,7 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize("overrides", [[], BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("overrides", [[], BFLOAT16], ids=["float32", "bfloat16 muon"])
 def test_killed_run_ends_as_the_unbroken_one(
     run_in_children, unbroken, work, overrides, tmp_path_factory
 ):
@@ -448,6 +448,25 @@ def test_full_disk_does_not_end_the_run(run_in_children, unbroken, work):
     assert "warning: train state of step 9 not saved" in result["log"]
     assert_same_run(work, unbroken)
     assert list((work / "runs" / "code" / "states").glob(".*")) == []
+
+
+def test_full_disk_ends_the_run_where_the_recipe_says_so(run_in_children, unbroken, work):
+    overrides = ["stages.code.stop_on_failed_save=true"]
+    stopped, last = run_in_children(work, {"no_space_at_save": 3, "overrides": overrides}, {})
+    assert stopped["code"] == 1
+    assert "train state of step 9 not saved" in stopped["log"]
+    assert "No space left on device" in stopped["log"]
+    assert last["code"] == 0, last["log"]
+    assert "resumed at step 6" in last["log"]
+    assert_same_run(work, unbroken)
+
+
+def test_killed_while_a_state_is_being_written(run_in_children, unbroken, work):
+    """Steps are taken while the disk hangs; what it was writing is no state."""
+    killed, last = run_in_children(work, {"hang_in_save_kill_at_step": [3, 11]}, {})
+    assert (killed["code"], last["code"]) == (-signal.SIGKILL, 0), last["log"]
+    assert "resumed at step 6" in last["log"]
+    assert_same_run(work, unbroken)
 
 
 def test_corpus_without_held_out_documents(run_in_children, work):
