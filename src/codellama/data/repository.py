@@ -8,17 +8,15 @@ In: a corpus folder. Out: another corpus folder, whose documents are repositorie
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import posixpath
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from codellama.artifact import new_folder, write_manifest
 from codellama.data.corpus import KIND, SPLITS, CorpusReader, ShardWriter, Split
-from codellama.data.extract import parse_python
+from codellama.data.imports import imported_names
 from codellama.data.split import unit_hash
 
 PART_BYTES = 400_000  # about 100,000 tokens; a larger repository becomes several documents
@@ -130,13 +128,6 @@ def dependency_order(texts: dict[str, str], languages: dict[str, str]) -> list[s
     return order
 
 
-_INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]*[\"<]([^\">\n]+)[\">]", re.MULTILINE)
-_SCRIPT = re.compile(
-    r"(?:\bfrom|\bimport|\brequire[ \t]*\(|\bimport[ \t]*\()\s*[\"'](\.{1,2}/[^\"'\n]+)[\"']"
-)
-_JAVA = re.compile(r"^[ \t]*import[ \t]+(?:static[ \t]+)?([\w.]+?)(?:\.\*)?[ \t]*;?$", re.MULTILINE)
-
-
 class _Resolver:
     """From what an import says to a file of the same repository."""
 
@@ -150,20 +141,28 @@ class _Resolver:
 
     def imports(self, path: str, text: str, language: str) -> Iterator[str]:
         """Files that a file imports, without itself, by path."""
+        found = {
+            file
+            for name in imported_names(text, language)
+            for file in self._files(path, name, language)
+        }
+        return iter(sorted(found - {path}))
+
+    def _files(self, path: str, name: str, language: str) -> Iterator[str]:
+        folder = posixpath.dirname(path)
         if language == "python":
-            found = self._python(path, text)
-        elif language in ("c", "cpp", "cuda", "objective-c"):
-            folder = posixpath.dirname(path)
-            found = {self._named(posixpath.join(folder, n), n) for n in _INCLUDE.findall(text)}
-        elif language in ("javascript", "typescript", "jsx", "vue", "svelte"):
-            found = {self._script(path, name) for name in _SCRIPT.findall(text)}
-        elif language in ("java", "kotlin", "scala"):
-            ending = posixpath.splitext(path)[1]
-            names = [name.replace(".", "/") + ending for name in _JAVA.findall(text)]
-            found = {self._named("", name) for name in names}
+            inner = name.lstrip(".")
+            above = path.split("/")[: len(inner) - len(name)] if inner != name else []
+            stem = "/".join([*above, *filter(None, inner.split("."))])
+            files = [self._named(f"{stem}{end}", f"{stem}{end}") for end in (".py", "/__init__.py")]
+        elif language == "java":  # a class, or a member of one
+            ends = [f"{stem.replace('.', '/')}.java" for stem in (name, name.rpartition(".")[0])]
+            files = [self._named("", end) for end in ends]
+        elif language in ("c", "cpp", "cuda"):
+            files = [self._named(posixpath.join(folder, name), name)]
         else:
-            found: set[str | None] = set()
-        return iter(sorted(name for name in found if name and name != path))
+            files = [self._script(folder, name)]
+        yield from filter(None, files)
 
     def _named(self, exact: str, end: str) -> str | None:
         """The file at a path, or the only one that ends like it."""
@@ -173,34 +172,11 @@ class _Resolver:
         candidates = self._by_end.get(posixpath.normpath(end).lstrip("./"), [])
         return candidates[0] if len(candidates) == 1 else None
 
-    def _script(self, path: str, name: str) -> str | None:
-        stem = posixpath.normpath(posixpath.join(posixpath.dirname(path), name))
-        endings = ("", ".ts", ".tsx", ".js", ".jsx", ".mjs", ".vue", "/index.ts", "/index.js")
+    def _script(self, folder: str, name: str) -> str | None:
+        """The file that a relative name of JavaScript stands for; others are packages."""
+        if not name.startswith("."):
+            return None
+        stem = posixpath.normpath(posixpath.join(folder, name))
+        endings = ("", ".ts", ".tsx", ".js", ".jsx", ".mjs", "/index.ts", "/index.js")
         stems = (stem, posixpath.splitext(stem)[0]) if name.endswith(".js") else (stem,)
         return next((s + e for s in stems for e in endings if s + e in self._paths), None)
-
-    def _python(self, path: str, text: str) -> set[str | None]:
-        tree = parse_python(text)
-        if tree is None:
-            return set()
-        found: set[str | None] = set()
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                found |= {self._module(alias.name) for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                module = node.module or ""
-                if node.level:
-                    package = path.split("/")[: -node.level]
-                    module = ".".join([*package, *filter(None, [module])])
-                names = [f"{module}.{alias.name}".lstrip(".") for alias in node.names]
-                # `from package import module` imports both.
-                found |= {self._module(name) for name in names} | {self._module(module)}
-        return found
-
-    def _module(self, name: str) -> str | None:
-        if not name:
-            return None
-        stem = name.replace(".", "/")
-        return self._named(f"{stem}.py", f"{stem}.py") or self._named(
-            f"{stem}/__init__.py", f"{stem}/__init__.py"
-        )

@@ -1,0 +1,79 @@
+"""Imports: what a source file names, found by the grammar of its language.
+
+Tree-sitter reads files that no compiler would accept, too, and passes over comments and strings.
+
+In: a file's text and language. Out: names as they are written there, such as `..pkg.module` of
+Python, `./part` of JavaScript, `lib/part.h` of C++ and `com.example.Part` of Java.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from tree_sitter import Language, Node, Parser, Query, QueryCursor
+
+_PYTHON = """
+(import_statement name: [(dotted_name) @name (aliased_import name: (dotted_name) @name)])
+(import_from_statement module_name: (_) @name)
+(import_from_statement module_name: (_) @module
+  name: [(dotted_name) @name (aliased_import name: (dotted_name) @name)])
+"""
+_SCRIPT = """
+[(import_statement source: (string (string_fragment) @name))
+ (import_require_clause source: (string (string_fragment) @name))
+ (export_statement source: (string (string_fragment) @name))]
+(call_expression function: [(identifier) (import)] @called
+  arguments: (arguments . (string (string_fragment) @name)) (#any-of? @called "require" "import"))
+"""
+_INCLUDE = (
+    "(preproc_include path: [(string_literal (string_content) @name) (system_lib_string) @name])"
+)
+_JAVA = "(import_declaration [(scoped_identifier) (identifier)] @name)"
+
+
+def imported_names(text: str, language: str) -> set[str]:
+    """What a file imports; nothing where no grammar of the language is at hand."""
+    names: set[str] = set()
+    content = text.encode("utf-8", "replace")
+    for parser, query in _grammars(language):
+        tree = parser.parse(content)
+        for _, nodes in QueryCursor(query).matches(tree.root_node):
+            name, module = (_text(nodes.get(key, [])) for key in ("name", "module"))
+            names.add(f"{module}{'.' if module.strip('.') else ''}{name}")
+        if not tree.root_node.has_error:
+            break
+    return names
+
+
+def _text(nodes: list[Node]) -> str:
+    """The source of a name, without brackets and the blanks that Python allows beside dots."""
+    text = b"".join(node.text or b"" for node in nodes).decode("utf-8", "replace")
+    return "".join(text.split()).strip("<>")
+
+
+@cache
+def _grammars(language: str) -> tuple[tuple[Parser, Query], ...]:
+    """Of each grammar that a file of the language may be written in, the likelier first."""
+    if language == "python":
+        import tree_sitter_python
+
+        grammars, query = [tree_sitter_python.language()], _PYTHON
+    elif language in ("javascript", "jsx", "typescript"):
+        import tree_sitter_typescript
+
+        # Of JavaScript it is a superset: in 6.5 MB it found what JavaScript's own grammar finds.
+        grammars = [tree_sitter_typescript.language_typescript()]  # <T>x is a cast
+        grammars += [tree_sitter_typescript.language_tsx()]  # <T> is an element
+        query = _SCRIPT
+    elif language in ("c", "cpp", "cuda"):
+        import tree_sitter_cpp
+
+        grammars, query = [tree_sitter_cpp.language()], _INCLUDE
+    elif language == "java":
+        import tree_sitter_java
+
+        grammars, query = [tree_sitter_java.language()], _JAVA
+    else:
+        return ()
+    loaded = [Language(grammar) for grammar in grammars]
+    return tuple((Parser(grammar), Query(grammar, query)) for grammar in loaded)
