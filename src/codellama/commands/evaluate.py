@@ -232,7 +232,8 @@ def _reference_line(row: dict[str, Any]) -> str:
     if "skipped" in row:
         return f"{row['task']}: skipped: {row['skipped']}"
     line = f"{row['task']}: {row['n_passed']} of {row['n']} references pass"
-    line += f" ({row['references_s']:.1f} s), {row['n_empty_passed']} empty answers pass"
+    line += f" ({row['references_s']:.1f} s, {row['cpu_s']:.1f} s of "
+    line += f"processors), {len(row['empty_passed'])} empty answers pass"
     if row["known_broken"]:
         line += f"; known broken: {', '.join(row['known_broken'])}"
     return line + "".join(f"; {task_id}: {why}" for task_id, why in row["failed"].items())

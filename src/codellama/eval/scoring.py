@@ -174,26 +174,26 @@ def _n_passed(row: dict[str, Any]) -> int:
 def check_references(task: Task, workers: int = 2) -> dict[str, Any]:
     """Score the reference solutions, which must pass, and empty answers, which must not.
 
-    An empty answer may pass where a gap held nothing that the tests need.
+    Where a gap holds nothing that the tests need, an empty answer is right (`empty_passed`).
     """
-    begin = time.perf_counter()
     references = [(p.task_id, task.reference(p)) for p in task.reference_problems()]
     known = [(task_id, text) for task_id, text in references if text is not None]
+    begin = time.perf_counter()
     verdicts = judge_all(task, known, workers)
-    passed = [task_id for task_id, text in known if verdicts[task_id, text].status == "passed"]
-    failed = sorted({task_id for task_id, _ in known} - set(passed))
     seconds = time.perf_counter() - begin
-    empty = judge_all(task, [(task_id, "") for task_id, _ in known], workers)
+    failed = {i: v for (i, _), v in verdicts.items() if v.status != "passed"}
+    empty = judge_all(task, [(task_id, "") for task_id, text in known if text], workers)
     return {
         "task": task.name,
         "n": len(known),
-        "n_passed": len(passed),
-        "known_broken": [task_id for task_id in failed if task_id in task.known_broken],
+        "n_passed": len(known) - len(failed),
+        "known_broken": sorted(failed.keys() & task.known_broken),
         "failed": {
             task_id: f"{v.status}: {v.message}"
-            for (task_id, _), v in verdicts.items()
-            if task_id in failed and task_id not in task.known_broken
+            for task_id, v in failed.items()
+            if task_id not in task.known_broken
         },
-        "n_empty_passed": sum(verdict.status == "passed" for verdict in empty.values()),
+        "empty_passed": [task_id for (task_id, _), v in empty.items() if v.status == "passed"],
         "references_s": round(seconds, 2),
+        "cpu_s": round(sum(verdict.cpu_s for verdict in verdicts.values()), 2),
     }

@@ -72,6 +72,7 @@ REFERENCE_TASKS = (
     "mbpp-sanitized",
     "humaneval-single-line-psm",
     "humaneval-multi-line-psm",
+    "humaneval-random-span-psm",
     "humaneval-random-span-light-psm",
     "multipl-e-py",
     "multipl-e-js",
