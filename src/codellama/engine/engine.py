@@ -158,31 +158,43 @@ class Engine(Generator):
         return self._batcher.submit(sequence, listener, every_step)
 
     async def pieces(
-        self, prompt: Sequence[int], params: SamplingParams, stop_ids: Sequence[int]
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        stop_ids: Sequence[int],
+        whole: bool = False,
     ) -> AsyncIterator[Piece]:
         """Continue ids within an event loop; closing or cancelling it ends the generation.
+
+        Args:
+            whole: in two pieces, the first and all others, which costs the loop less.
 
         Raises:
             ValueError: as `submit`.
             RuntimeError: the engine has stopped, see `failure`.
         """
-        loop, news = asyncio.get_running_loop(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        news: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        sequence = self._sequence(Ask(prompt, stop_ids, params=params))
+        is_told = False
 
-        def wake() -> None:
-            if not news.is_set():  # else the loop is on its way already
-                with contextlib.suppress(RuntimeError):  # it was closed: nobody waits any more
-                    loop.call_soon_threadsafe(news.set)
+        def tell() -> None:  # under the batcher's lock, for which the loop must not wait
+            nonlocal is_told
+            if is_told and sequence.finish_reason is None:  # it comes with the next piece
+                return
+            is_told = True
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(news.put_nowait, sequence.error or sequence.read())
 
-        generation = self.submit(prompt, params, stop_ids, wake)
+        generation = self._batcher.submit(sequence, tell, True)
         try:
             is_done = False
             while not is_done:
-                await news.wait()
-                news.clear()
-                piece = generation.read()
-                is_done = piece.finish_reason is not None
-                if piece.token_ids or is_done:
-                    yield piece
+                piece = await news.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                is_told, is_done = whole, piece.finish_reason is not None
+                yield piece
         finally:
             generation.cancel()
 

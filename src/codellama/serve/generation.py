@@ -64,19 +64,15 @@ class Result:
 
     def add(self, piece: Piece) -> None:
         """Take in the next piece."""
-        self.note_first()
         self.total_s = time.perf_counter() - self.begin
+        if not self.first_s:
+            self.first_s = self.total_s
+            self.on_first(self)
         self.text += piece.text
         self.token_ids += piece.token_ids
         self.logprobs += piece.logprobs
         self.top_logprobs += piece.top_logprobs
         self.finish_reason, self.n_cached = piece.finish_reason, piece.n_cached
-
-    def note_first(self) -> None:
-        """Take the time of the first piece; may be called for every piece, from any thread."""
-        if not self.first_s:
-            self.first_s = time.perf_counter() - self.begin
-            self.on_first(self)
 
 
 async def edited(pieces: AsyncGenerator[Piece], edit: Edit, suffix: str) -> AsyncGenerator[Piece]:

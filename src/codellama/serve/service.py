@@ -7,7 +7,6 @@ neither the engine nor a place. Whoever closes the stream ends what is left of i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
@@ -21,7 +20,6 @@ from fastapi import Depends
 from fastapi import Request as HttpRequest
 
 from codellama.engine import Engine, Piece, SamplingParams
-from codellama.engine.batcher import Generation
 from codellama.engine.endpoint import Endpoint
 from codellama.engine.grammar import matcher_of
 from codellama.serve import prompts
@@ -125,7 +123,7 @@ class Service:
         """Every piece of every text of a request, as they come; texts count prompt by prompt.
 
         Args:
-            whole: each text as one piece, which costs the event loop less.
+            whole: each text in two pieces, which costs the event loop less.
 
         Raises:
             ApiError: refused, too late, replaced by a newer request of this client, or failed.
@@ -134,11 +132,9 @@ class Service:
         news: News = asyncio.Queue()
         only_newest = self.limits.newest_wins and request.is_infilling
         leave = self._enter(jobs, news, client if only_newest else None)
-        at_end = whole and request.edit == Edit() and isinstance(self.source, Engine)
+        whole = whole and request.edit == Edit()
         tasks = [
-            asyncio.ensure_future(
-                self._write(n, Result(prompt), params, request.edit, at_end, news)
-            )
+            asyncio.ensure_future(self._write(n, Result(prompt), params, request.edit, whole, news))
             for n, (prompt, params) in enumerate(jobs)
         ]
         for task in tasks:
@@ -235,47 +231,23 @@ class Service:
         return leave
 
     async def _write(
-        self, n: int, result: Result, params: SamplingParams, edit: Edit, at_end: bool, news: News
+        self, n: int, result: Result, params: SamplingParams, edit: Edit, whole: bool, news: News
     ) -> None:
         """Bring the pieces of one text into the queue."""
         prompt, source = result.prompt, self.source
         with self.metrics.text(result):
             try:
-                if at_end and isinstance(source, Engine):
-                    pieces: Any = _at_end(source, result, params)
-                else:
-                    pieces = source.pieces(prompt.ids, params, prompt.stop_ids)
-                async with aclosing(edited(pieces, edit, prompt.suffix)) as stream:
+                options = {"whole": whole} if isinstance(source, Engine) else {}
+                pieces: Any = source.pieces(prompt.ids, params, prompt.stop_ids, **options)
+                if edit != Edit():
+                    pieces = edited(pieces, edit, prompt.suffix)
+                async with aclosing(pieces) as stream:
                     async for piece in stream:
                         result.add(piece)
                         news.put_nowait((n, piece, result))
             except Exception as error:  # noqa: BLE001  whatever it is, the client must hear of it
                 refused = isinstance(source, Endpoint) and isinstance(error, ValueError)
                 news.put_nowait(ApiError(400, str(error)) if refused else failed(error))
-
-
-async def _at_end(engine: Engine, result: Result, params: SamplingParams) -> AsyncGenerator[Piece]:
-    """As `Engine.pieces`, but the event loop is woken at the end only, not by every token."""
-    loop, news = asyncio.get_running_loop(), asyncio.Event()
-    known: list[Generation] = []
-
-    def listen() -> None:  # in the engine's thread
-        result.note_first()
-        if not known or known[0].sequence.finish_reason is not None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed
-                loop.call_soon_threadsafe(news.set)
-
-    generation = engine.submit(result.prompt.ids, params, result.prompt.stop_ids, listen)
-    known.append(generation)
-    piece = None
-    try:
-        while piece is None or piece.finish_reason is None:
-            await news.wait()
-            news.clear()
-            piece = generation.read()
-            yield piece
-    finally:
-        generation.cancel()
 
 
 def busy() -> ApiError:
@@ -294,7 +266,7 @@ def failed(error: Exception) -> ApiError:
     return ApiError(500, f"the server failed; error {number} in its log")
 
 
-def ready(http: HttpRequest) -> Service:
+async def ready(http: HttpRequest) -> Service:
     """The service of an app.
 
     Raises:
@@ -308,7 +280,7 @@ def ready(http: HttpRequest) -> Service:
     return service
 
 
-def _client(http: HttpRequest) -> str:
+async def _client(http: HttpRequest) -> str:
     """Who asks, as far as editors can be told apart."""
     host = http.client.host if http.client else ""
     return "\n".join([host, *(http.headers.get(n, "") for n in ("authorization", "user-agent"))])
