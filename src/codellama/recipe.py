@@ -141,6 +141,8 @@ class Stage(Section):
     """Held-out lines that `run` infills before and after the stage, for a table of matches."""
     save_every: Positive = 200
     """Optimiser steps between train states."""
+    stop_on_failed_save: bool = False
+    """Whether a full disk ends the run; otherwise it is a warning, and older states stand."""
     keep_states: Annotated[int, Field(ge=2)] = 2  # one alone would be lost with its own damage
 
     @model_validator(mode="after")

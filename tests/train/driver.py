@@ -20,7 +20,7 @@ if __name__ == "__main__":
     import torch
 
     from codellama.recipe import load_recipe
-    from codellama.train import TrainingStopped, loop, state, train
+    from codellama.train import TrainingStopped, loop, loss, state, train
 
 
 def kill_self() -> None:
@@ -44,6 +44,10 @@ def hinder(request: dict) -> None:
     """Arrange what shall happen in this process."""
     if not request.get("measure_rate"):
         loop.matrix_flops_per_s = lambda *_: 1e9
+    if backend := request.get("backend"):  # "aot_eager" is all of torch.compile but its C++
+        compiler = torch.compile
+        torch.compile = lambda f, **options: compiler(f, backend=backend, **options)
+        loop.can_compile = loss.can_compile = lambda: True
     save_file = state.save_file
 
     def kill_while_writing(tensors, path):
@@ -55,24 +59,44 @@ def hinder(request: dict) -> None:
         path.write_bytes(b"part")
         raise OSError(28, "No space left on device")
 
+    writers = []
+    start = state.StateWriter.start
+
+    def noted(self, *arguments):
+        writers.append(self)
+        start(self, *arguments)
+
+    state.StateWriter.start = noted
+
+    def kill_at_rest(*_, **__):
+        """As with a fast disk: what was begun to be written is there."""
+        if writers:
+            writers[-1].wait()
+        kill_self()
+
     kills = {
-        "step": (torch.optim.AdamW, "step"),
         "flush": (os, "fsync"),
         "manifest": (state, "write_manifest"),
         "delete": (state.shutil, "rmtree"),
         "checkpoint": (loop, "save_checkpoint"),
     }
     match request.get("kill"):
+        case ["step", number]:
+            on_call(torch.optim.AdamW, "step", number, kill_at_rest)
         case ["write", number]:
             on_call(state, "save_file", number, kill_while_writing)
         case [where, number]:
             on_call(*kills[where], number, lambda *_, **__: kill_self())
     if number := request.get("no_space_at_save"):
         on_call(state, "save_file", number, no_space)
+    if found := request.get("hang_in_save_kill_at_step"):
+        number, at = found
+        on_call(state, "save_file", number, lambda *_: time.sleep(600))
+        on_call(torch.optim.AdamW, "step", at, lambda *_: kill_self())
     if found := request.get("kill_rank_at_step"):
         rank, at = found
         if os.environ.get("RANK") == str(rank):
-            on_call(torch.optim.AdamW, "step", at, lambda *_, **__: kill_self())
+            on_call(torch.optim.AdamW, "step", at, kill_at_rest)
     if found := request.get("signal_at_step"):
         number, at = found
         step = torch.optim.AdamW.step
@@ -105,7 +129,8 @@ def run_child(request: dict) -> None:
     recipe = load_recipe(request["recipe"], request.get("overrides", ()))
     hinder(request)
     try:
-        layout = {name: request[name] for name in ("n_replicas", "n_tensor") if name in request}
+        names = ("n_replicas", "n_tensor", "n_context")
+        layout = {name: request[name] for name in names if name in request}
         for stage in request.get("stages", ["code"]):
             train(recipe, stage, n_workers=request.get("n_workers", 0), **layout)
     except TrainingStopped as stopped:

@@ -19,9 +19,13 @@ LAYOUTS = {
     "2 shards": {"ranks": 2},
     "2 tensor": {"ranks": 2, "n_tensor": 2},
     "2 replicas": {"ranks": 2, "n_replicas": 2},
+    "2 contexts": {"ranks": 2, "n_context": 2},
     "4 shards": {"ranks": 4},
     "2 shards x 2 tensor": {"ranks": 4, "n_tensor": 2},
     "2 replicas x 2 shards": {"ranks": 4, "n_replicas": 2},
+    "2 shards x 2 contexts": {"ranks": 4, "n_context": 2},
+    "2 replicas x 2 contexts": {"ranks": 4, "n_replicas": 2, "n_context": 2},
+    "2 replicas x 2 tensor": {"ranks": 4, "n_replicas": 2, "n_tensor": 2},
 }
 
 

@@ -2,14 +2,16 @@ import json
 import random
 import shutil
 import subprocess
+import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from codellama.recipe import Stage
 from codellama.train.optim import make_optimizer
-from codellama.train.state import load_latest_state, save_state
+from codellama.train.state import StateWriter, load_latest_state
 
 LOADER = {"n_lanes": 2, "lanes": [[3, 0, 17], [2, 1, 0]]}
 FILES = ("tensors.safetensors", "manifest.json", "SHA256SUMS")
@@ -21,6 +23,12 @@ def make():
     model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3))
     stage = Stage(steps=10, batch_tokens=4096, peak_lr=1e-2)
     return model, make_optimizer(model, stage)
+
+
+def save_state(run_dir, step, model, optimizer, position, keep):
+    writer = StateWriter(run_dir, keep)
+    writer.start(step, model, optimizer, position)
+    writer.wait()
 
 
 def update(model, optimizer):
@@ -98,6 +106,48 @@ def test_old_states_go_only_when_the_new_one_is_there(tmp_path, monkeypatch):
         *("step-00000001", "step-00000002"),
     ]
     assert load_latest_state(tmp_path, *make())[0] == 2
+
+
+def test_training_goes_on_while_a_state_is_written(tmp_path, monkeypatch):
+    """What is written is a copy of the moment; the next state waits for it."""
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def slow(tensors, path):
+        begun.set()
+        assert may_go_on.wait(60)
+        save_file(tensors, path)
+
+    monkeypatch.setattr("codellama.train.state.save_file", slow)
+    model, optimizer = make()
+    update(model, optimizer)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    writer = StateWriter(tmp_path, keep=2)
+    writer.start(1, model, optimizer, LOADER)
+    assert begun.wait(60)
+    update(model, optimizer)  # does not wait for the disk
+    assert load_latest_state(tmp_path, *make()) is None
+    next_one = threading.Thread(target=writer.start, args=(2, model, optimizer, LOADER))
+    next_one.start()
+    may_go_on.set()
+    next_one.join(60)
+    writer.wait()
+    assert sorted(path.name for path in (tmp_path / "states").iterdir()) == [
+        *("step-00000001", "step-00000002"),
+    ]
+    for step, weights in ((1, expected), (2, model.state_dict())):
+        written = load_file(folder(tmp_path, step) / "tensors.safetensors")
+        for name, tensor in weights.items():
+            assert torch.equal(written[f"model.{name}"], tensor)
+
+
+def test_what_fails_in_the_thread_is_raised_once(tmp_path):
+    (tmp_path / "states").write_text("a file where a folder belongs")
+    model, optimizer = make()
+    writer = StateWriter(tmp_path, keep=2)
+    writer.start(7, model, optimizer, LOADER)
+    with pytest.raises(OSError, match="train state of step 7 not saved"):
+        writer.wait()
+    writer.wait()
 
 
 def damage_truncate(path, rng):

@@ -11,6 +11,7 @@ import typer
 
 from codellama import terminal
 from codellama.commands.options import (
+    Contexts,
     Device,
     Devices,
     DryRun,
@@ -75,6 +76,7 @@ def train(
     workers: Workers = 1,
     replicas: Replicas = 1,
     tensor: TensorParts = 1,
+    context: Contexts = 1,
     tensorboard: TensorBoard = False,
     dry_run: DryRun = False,
     hardware: Hardware = None,
@@ -92,7 +94,7 @@ def train(
     if dry_run:
         _print_plan(loaded, [stage], hardware, devices, mfu, grid, as_json)
     else:
-        _train(loaded, [stage], device, workers, tensorboard, replicas, tensor)
+        _train(loaded, [stage], device, workers, tensorboard, replicas, tensor, context)
 
 
 def run(
@@ -196,6 +198,7 @@ def _train(
     tensorboard: bool,
     n_replicas: int = 1,
     n_tensor: int = 1,
+    n_context: int = 1,
 ) -> bool:
     """Run stages one after the other; whether all of them came to their end."""
     check_device(device)
@@ -203,7 +206,8 @@ def _train(
 
     try:
         for stage in stages:
-            print(train(recipe, stage, device, workers, n_replicas, n_tensor, tensorboard))
+            layout = n_replicas, n_tensor, n_context
+            print(train(recipe, stage, device, workers, *layout, tensorboard))
             if recipe.stages[stage].measure_lines:
                 _measure_lines(recipe, stage, device)
     except TrainingStopped as stopped:

@@ -57,6 +57,9 @@ Replicas = Annotated[int, typer.Option(min=1, help="Under torchrun: copies of th
 TensorParts = Annotated[
     int, typer.Option("--tensor", min=1, help="Under torchrun: parts that each block is cut into.")
 ]
+Contexts = Annotated[
+    int, typer.Option("--context", min=1, help="Under torchrun: parts of each long sequence.")
+]
 Hardware = Annotated[
     str | None, typer.Option(help="With --dry-run: a100 or h100; this machine by default.")
 ]

@@ -58,7 +58,8 @@ class Health:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to judge alike."""
-        return {"losses": self._losses, "norms": self._norms, "n_skipped": self.n_skipped}
+        lists = {"losses": list(self._losses), "norms": list(self._norms)}  # they go on changing
+        return {**lists, "n_skipped": self.n_skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue as the run that `state_dict` was taken of."""

@@ -34,7 +34,7 @@ from codellama.model.transformer import Transformer
 from codellama.recipe import Recipe, Stage
 from codellama.tokenizer import Tokenizer
 from codellama.train.health import Health
-from codellama.train.loss import LossFunction
+from codellama.train.loss import LossFunction, can_compile
 from codellama.train.metrics import MetricsLog, draw_curve, matrix_flops_per_s
 from codellama.train.optim import Optimizer, learning_rate, make_optimizer
 from codellama.train.parallel import (
@@ -58,7 +58,7 @@ from codellama.train.run_folder import (
     stop_signals,
 )
 from codellama.train.start import initial_model, stage_tokenizer
-from codellama.train.state import load_latest_state, save_state
+from codellama.train.state import StateWriter, load_latest_state
 from codellama.train.validate import validate
 
 MAX_SKIPPED_STEPS = 10  # in a row; then the run goes back to its last state, once
@@ -85,20 +85,29 @@ class Run:
     stop: list[int]
     """Signals that were received."""
     layout: Layout
+    writer: StateWriter
     step: int = 0
     """Steps that are done."""
 
     def save(self) -> None:
-        """Write a train state; a full disk must not end a run, the older states stand."""
+        """Begin to write a train state; the next steps do not wait for it."""
+        self.wait_for_save()
         self.gather_lanes()
         position = {"loader": self.loader.state_dict(), "health": self.health.state_dict()}
-        keep = self.stage.keep_states
+        self.writer.start(self.step, self.model, self.optimizer, position)
+
+    def wait_for_save(self) -> None:
+        """Return when no state is being written; a full disk need not end a run, older ones stand.
+
+        Raises:
+            OSError: the last one was not written, and `stop_on_failed_save` is set.
+        """
         try:
-            save_state(
-                self.folder, self.step, self.model, self.optimizer, position, keep, self.layout
-            )
+            self.writer.wait()
         except OSError as error:
-            warn(self.layout, f"train state of step {self.step} not saved: {error}")
+            if self.stage.stop_on_failed_save:
+                raise
+            warn(self.layout, str(error))
 
     def gather_lanes(self) -> None:
         """Let this rank know where the lanes of all ranks stand; every rank must call it."""
@@ -106,6 +115,7 @@ class Run:
 
     def resume(self, keep_place: bool = False) -> bool:
         """Go to the newest undamaged state; `keep_place` leaves the loader where it is."""
+        self.wait_for_save()
         found = load_latest_state(self.folder, self.model, self.optimizer, self.layout)
         if found is None:
             return False
@@ -123,25 +133,27 @@ def train(
     n_workers: int = 1,
     n_replicas: int = 1,
     n_tensor: int = 1,
+    n_context: int = 1,
     tensorboard: bool = False,
 ) -> Path:
     """Run one stage, or what is left of it, and return its checkpoint folder.
 
     Args:
-        n_replicas, n_tensor: how the processes that torchrun started share the work; see
-            parallel.py.
+        n_replicas, n_tensor, n_context: how the processes that torchrun started share the work;
+            see parallel.py.
         tensorboard: write the metrics for TensorBoard, too.
 
     Raises:
         ValueError: wrong stage, missing corpus or tokenizer, the run folder holds a run with other
             settings, or the work does not divide over the processes.
-        OSError: the checkpoint cannot be written; train states are untouched.
+        OSError: the checkpoint cannot be written, or a train state where `stop_on_failed_save` is
+            set; older train states are untouched.
         TrainingStopped: SIGTERM or SIGINT arrived; the state of the last step is saved.
     """
     stage = recipe.stage(stage_name)
     folder = recipe.run_dir(stage_name)
     checkpoint = folder / "checkpoint"
-    layout = make_layout(device, n_replicas, n_tensor)
+    layout = make_layout(device, n_replicas, n_tensor, n_context)
     folder.mkdir(parents=True, exist_ok=True)
     with only_trainer(folder, layout.is_main), stop_signals() as stop:
         record = run_record(recipe, stage_name)
@@ -155,7 +167,8 @@ def train(
         model = initial_model(recipe, stage, tokenizer).to(device)
         if stage.lora is not None and not layout.is_alone:
             raise ValueError("lora trains in one process; start it without torchrun")
-        forward = distribute(model, layout, LossFunction(model, stage, layout.is_alone))
+        loss = LossFunction(model, stage, layout)
+        forward = distribute(model, layout, loss, stage.compile and can_compile())
         if layout.is_main:
             # Not before everything was found: a start that fails must not hold the folder.
             write_file(folder / RECORD, json.dumps(record, indent=2) + "\n")
@@ -180,6 +193,7 @@ def train(
                 held_out=corpus_documents(recipe.corpus_dir, "validation"),
                 stop=stop,
                 layout=layout,
+                writer=StateWriter(folder, stage.keep_states, layout),
             )
             if run.resume() and layout.is_main:
                 print(f"resumed at step {run.step}", file=sys.stderr)
@@ -282,6 +296,7 @@ def _take_steps(
     finally:
         log.close()
         _draw(run)
+        run.wait_for_save()
 
 
 def _go_back(run: Run, log: MetricsLog, problem: str | None, is_second_time: bool) -> None:
@@ -323,9 +338,11 @@ def _gradients(
     The mean is over the tokens of the global batch, so that it does not depend on the layout.
     """
     loss = torch.zeros((), device=device)
-    n_tokens = summed(batch.loss_mask.sum().to(device), run.layout).clamp(min=1).cpu()
-    # Ranks average their gradients; what is wanted is the sum.
-    weights = batch.loss_mask.float() / n_tokens * run.layout.n_data
+    layout = run.layout
+    # Ranks average their gradients; what is wanted is the sum. All of a context read all of it.
+    n_parts = layout.n_data * layout.n_context
+    n_tokens = summed(batch.loss_mask.sum().to(device), layout).clamp(min=1).cpu()
+    weights = batch.loss_mask.float() / n_tokens * n_parts * layout.n_context
     for micro, weight in zip(
         batch.micro_batches(run.stage.micro_batch),
         weights.split(run.stage.micro_batch),
@@ -335,7 +352,7 @@ def _gradients(
         part.backward()
         loss += part.detach()
     norm = clip_gradients(run.model, run.stage.grad_clip)
-    return (summed(loss, run.layout) / run.layout.n_data).item(), norm
+    return (summed(loss, layout) / n_parts).item(), norm
 
 
 def _note_skipped(run: Run, problem: str, before: list[LaneState], shares: Shares) -> None:

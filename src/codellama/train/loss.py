@@ -22,6 +22,7 @@ from codellama.model.attention import causal, within_documents
 from codellama.model.checkpoint import DTYPES
 from codellama.model.transformer import Transformer
 from codellama.recipe import Stage
+from codellama.train.parallel import ALONE, Layout, over_contexts, own_positions
 
 CHUNK_TOKENS = 1024  # 512 and 1,024 measured alike, 2,048 and more slower
 
@@ -106,34 +107,38 @@ def linear_cross_entropy(
 class LossFunction:
     """Batch to loss: compiled where a C++ compiler exists, in the stage's precision."""
 
-    def __init__(self, model: Transformer, stage: Stage, may_compile: bool = True) -> None:
+    def __init__(self, model: Transformer, stage: Stage, layout: Layout = ALONE) -> None:
         self._model = model
+        self._layout = layout
         self._dtype = DTYPES[stage.dtype]
         self._document_mask = stage.document_mask
-        self._hidden: Any = model.model
+        self._hidden: Any = self._decode
         self._chunk: Any = chunk_loss
-        if stage.compile and may_compile and can_compile():
-            self._hidden = torch.compile(self._decode, dynamic=False)
+        if stage.compile and can_compile():
             self._chunk = torch.compile(chunk_loss)
-        else:
-            self._hidden = self._decode
+            if layout.is_alone:  # else blocks are compiled one by one, see parallel.py
+                self._hidden = torch.compile(self._decode, dynamic=False)
 
     def _decode(self, tokens: Tensor, positions: Tensor, document_ids: Tensor) -> Tensor:
-        if self._document_mask:
-            return self._model.model(tokens, positions, within_documents(document_ids))
-        # What attends across documents needs positions that do not start again in each.
-        through = torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
-        return self._model.model(tokens, through, causal)
+        attend = within_documents(document_ids) if self._document_mask else causal
+        return self._model.model(tokens, positions, over_contexts(attend, self._layout))
 
     def __call__(self, batch: Batch, weights: Tensor) -> Tensor:
         """The weighted sum of the batch's losses. weights: [B, T] float32."""
-        device = batch.tokens.device.type
+        positions = batch.positions
+        if not self._document_mask:  # attention across documents needs positions that go on
+            positions = torch.arange(weights.shape[-1], device=weights.device).expand_as(weights)
+        tokens, targets, positions, weights = (
+            own_positions(x, self._layout)
+            for x in (batch.tokens, batch.targets, positions, weights)
+        )
+        device = tokens.device.type
         with torch.autocast(device, self._dtype, enabled=self._dtype != torch.float32):
-            hidden = self._hidden(batch.tokens, batch.positions, batch.document_ids)
+            hidden = self._hidden(tokens, positions, batch.document_ids)
         return linear_cross_entropy(
             hidden.flatten(0, 1),
             self._model.lm_head.weight,
-            batch.targets.flatten(),
+            targets.flatten(),
             weights.flatten(),
             self._dtype,
             self._chunk,

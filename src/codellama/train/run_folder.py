@@ -24,6 +24,7 @@ RECORD = "recipe.json"
 CHANGEABLE = {
     *("micro_batch", "compile", "recompute"),
     *("measure_lines", "validate_every", "validation_tokens", "save_every", "keep_states"),
+    "stop_on_failed_save",
 }
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import shutil
 import sys
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,45 +36,80 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 _SUMS = "SHA256SUMS"
 
 
-def save_state(
-    run_dir: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: Optimizer,
-    position: dict[str, Any],
-    keep: int,
-    layout: Layout = ALONE,
-) -> None:
-    """Write the state behind `step` steps, then delete all but the newest `keep` states.
+class StateWriter:
+    """Writes train states of one run in a thread, from copies, so that training goes on meanwhile.
 
-    States of later steps are deleted too: a run is at `step` again only because they are damaged.
-    Every rank must call it; each writes what it holds.
-
-    Raises:
-        OSError: it cannot be written; older states are untouched.
+    One at a time: the next one waits for the one before. It also deletes all but the newest `keep`,
+    and the states of later steps: a run is at a step again only because they are damaged. Every
+    rank has one and calls it alike; each writes what it holds.
     """
-    folder = run_dir / "states" / f"step-{step:08d}"
-    tensors = _tensors(model, optimizer)
-    error: OSError | None = None
-    try:
-        with new_folder(folder) if layout.is_main else nullcontext() as temporary:
-            target = from_main(temporary, layout)
-            if layout.is_alone:
-                tensors["rng"] = torch.get_rng_state()
-                _save_whole(tensors, target / _TENSORS)
-            else:
-                _save_parts(tensors, target)
-            if layout.is_main:
-                write_manifest(target, "train-state", step=step, position=position)
-                (target / _SUMS).write_text(_checksums(target), encoding="utf-8")
-    except OSError as raised:
-        error = raised
-    if (error := from_main(error, layout)) is not None:  # so that no rank waits for another
-        raise error
-    if layout.is_main:
-        folders = _state_folders(run_dir)
-        for old in folders[folders.index(folder) + keep :] + folders[: folders.index(folder)]:
-            shutil.rmtree(old, ignore_errors=True)
+
+    def __init__(self, run_dir: Path, keep: int, layout: Layout = ALONE) -> None:
+        self._run_dir = run_dir
+        self._keep = keep
+        self._layout = layout
+        # Of its own, so that what its ranks say to each other does not mix with training.
+        self._group = None if layout.is_alone else dist.new_group(backend="gloo")
+        self._executor = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def start(
+        self, step: int, model: nn.Module, optimizer: Optimizer, position: dict[str, Any]
+    ) -> None:
+        """Begin to write the state behind `step` steps; `position` must not change any more.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
+        self.wait()
+        tensors = {
+            name: tensor.to("cpu", copy=True) for name, tensor in _tensors(model, optimizer).items()
+        }
+        if self._layout.is_alone:
+            tensors["rng"] = torch.get_rng_state()
+        self._pending = self._executor.submit(self._write, step, tensors, position)
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more.
+
+        Raises:
+            OSError: the last state could not be written; older ones are untouched.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, step: int, tensors: dict[str, Tensor], position: dict[str, Any]) -> None:
+        folder = self._run_dir / "states" / f"step-{step:08d}"
+        layout, group = self._layout, self._group
+        error: OSError | None = None
+        try:
+            with ExitStack() as stack:
+                target: Any = None
+                if layout.is_main:
+                    try:
+                        target = stack.enter_context(new_folder(folder))
+                    except OSError as raised:
+                        target = raised
+                target = from_main(target, layout, group)
+                if isinstance(target, OSError):
+                    raise target
+                if layout.is_alone:
+                    _save_whole(tensors, target / _TENSORS)
+                else:
+                    _save_parts(tensors, target, group)
+                if layout.is_main:
+                    write_manifest(target, "train-state", step=step, position=position)
+                    (target / _SUMS).write_text(_checksums(target), encoding="utf-8")
+        except OSError as raised:
+            error = raised
+        if (error := from_main(error, layout, group)) is not None:  # all ranks fail, or none
+            raise OSError(f"train state of step {step} not saved: {error}")
+        if layout.is_main:
+            folders = _state_folders(self._run_dir)
+            place = folders.index(folder)
+            for old in folders[place + self._keep :] + folders[:place]:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -92,12 +129,11 @@ def _save_whole(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(f"{path}: cannot be written: {error}") from None
 
 
-def _save_parts(tensors: dict[str, Tensor], folder: Path) -> None:
+def _save_parts(tensors: dict[str, Tensor], folder: Path, group: Any) -> None:
     """Each rank writes its parts, as safetensors with their places in the header."""
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        state_dict_saver.save(
-            tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        )
+        state_dict_saver.save(tensors, storage_writer=writer, process_group=group)
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
         raise OSError(f"{folder}: cannot be written: {reason}") from None
@@ -154,9 +190,7 @@ def _checksums(folder: Path) -> str:
     return "".join(f"{sha256_file(folder / name)}  {name}\n" for name in names)
 
 
-def _restore(
-    tensors: dict[str, Tensor], model: nn.Module, optimizer: Optimizer
-) -> None:
+def _restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: Optimizer) -> None:
     """Copy a state's tensors into a model and its optimiser."""
     if "rng" in tensors:
         torch.set_rng_state(tensors["rng"])
@@ -172,9 +206,7 @@ def _restore(
             }
 
 
-def _restore_parts(
-    folder: Path, model: nn.Module, optimizer: Optimizer, layout: Layout
-) -> None:
+def _restore_parts(folder: Path, model: nn.Module, optimizer: Optimizer, layout: Layout) -> None:
     """Read what this rank holds of each tensor, however the ranks that wrote it were laid out."""
     reader = HuggingFaceStorageReader(str(folder))
     written = reader.read_metadata().state_dict_metadata
