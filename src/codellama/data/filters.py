@@ -13,6 +13,8 @@ import symtable
 import warnings
 from dataclasses import dataclass
 
+import re2
+
 from codellama.data.licences import is_permissive, licence_of_header
 from codellama.recipe import Filters
 
@@ -141,20 +143,18 @@ def alphanumeric_share(text: str) -> float:
 
 
 # Runs that are data whatever surrounds them: escaped bytes, base64 or hexadecimal text longer than
-# any name, and tables of numbers (at least 16 in a row, so that ordinary tuples stay code).
-_DATA = re.compile(
-    r"""(?:\\x[0-9a-fA-F]{2}){8,}
-    | (?:\\[uU][0-9a-fA-F]{4,8}){8,}
-    | [A-Za-z0-9+/]{64,}={0,2}
-    | (?:[-+]?(?:0[xX][0-9a-fA-F]+|\d[\d_.]*(?:[eE][-+]?\d+)?)[\s,;()\[\]]+){16,}
-    """,
-    re.VERBOSE,
+# any name, and tables of numbers (at least 16 in a row, so that ordinary tuples stay code). RE2
+# looks for all of them at once, at 490 MB/s; with `re` it was 10.
+_NUMBER = r"[-+]?(?:0[xX][0-9a-fA-F]+|\d[\d_.]*(?:[eE][-+]?\d+)?)"
+_DATA = re2.compile(
+    r"(?:\\x[0-9a-fA-F]{2}){8,}|(?:\\[uU][0-9a-fA-F]{4,8}){8,}|[A-Za-z0-9+/]{64,}={0,2}"
+    rf"|(?:{_NUMBER}[\s,;()\[\]]+){{16,}}"
 )
 
 
 def data_share(text: str) -> float:
     """Share of characters inside runs of encoded bytes, base64 or numbers."""
-    return sum(len(run.group()) for run in _DATA.finditer(text)) / max(len(text), 1)
+    return sum(run.end() - run.start() for run in _DATA.finditer(text)) / max(len(text), 1)
 
 
 _CLAIM = r""" (?!.* \b includes? \b) .*? (?:

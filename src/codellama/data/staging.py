@@ -110,7 +110,8 @@ def stage_json(unit: str, source: str, settings: str, folder: str, key: str) -> 
     fields = json.loads(unit)
     fields["entries"] = tuple(Entry(*entry) for entry in fields["entries"])
     examined = Source.model_validate_json(source), Settings.model_validate_json(settings)
-    stage_unit(Unit(**fields), *examined, Path(folder), key)
+    if not Path(folder, f"{key}.parquet").exists():  # a cluster asks again when a node was lost
+        stage_unit(Unit(**fields), *examined, Path(folder), key)
     return key
 
 
