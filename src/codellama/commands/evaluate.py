@@ -213,7 +213,7 @@ def _check(tasks: list[str] | None, data: Path | None, workers: int, as_json: bo
         print(json.dumps(rows))
     wrong = [row["task"] for row in rows if row.get("failed")]
     if wrong:
-        raise ValueError(f"reference solutions do not pass: {', '.join(wrong)}")
+        raise ValueError(f"references that fail, or empty answers that pass: {', '.join(wrong)}")
 
 
 @contextmanager
@@ -233,7 +233,7 @@ def _reference_line(row: dict[str, Any]) -> str:
         return f"{row['task']}: skipped: {row['skipped']}"
     line = f"{row['task']}: {row['n_passed']} of {row['n']} references pass"
     line += f" ({row['references_s']:.1f} s, {row['cpu_s']:.1f} s of "
-    line += f"processors), {len(row['empty_passed'])} empty answers pass"
+    line += f"processors), {row['n_empty_passed']} empty answers pass"
     if row["known_broken"]:
         line += f"; known broken: {', '.join(row['known_broken'])}"
     return line + "".join(f"; {task_id}: {why}" for task_id, why in row["failed"].items())

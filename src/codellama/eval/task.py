@@ -142,6 +142,8 @@ class Task:
     known_broken: frozenset[str] = frozenset()
     """Problems whose own reference solution does not pass."""
     runs_programs: bool = False
+    has_gaps: bool = False
+    """Whether nothing at all can be a right answer."""
     protocol: str = ""
     """In one line, what was done where publications differ."""
     chat_protocol: str = ""

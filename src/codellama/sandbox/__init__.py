@@ -27,17 +27,19 @@ def run(
     memory_bytes: int = 512 << 20,
     language: str = "python",
     mode: Mode = "namespaces",
+    packages: Iterable[str] = (),
     **limits: Any,
 ) -> Outcome:
     """Run a program; further limits are the fields of `Limits`.
 
     `mode="none"` runs it without any isolation, able to read and change all that you can.
+    `packages` are folders that a Python program may import from besides the standard library.
 
     Raises:
         ValueError: an unknown language, mode or limit. Never for what the program did.
     """
     limits |= {"timeout_s": timeout_s, "memory_bytes": memory_bytes}
-    return _with_pool(mode, lambda pool: pool.run(program, stdin, language, **limits))
+    return _with_pool(mode, lambda pool: pool.run(program, stdin, language, **limits), packages)
 
 
 def judge(
@@ -81,12 +83,12 @@ def run_many(programs: Iterable[str | dict[str, Any]], **shared: Any) -> list[Ou
     return refused.run_many(calls)
 
 
-def _with_pool(mode: Mode, do: Any) -> Any:
+def _with_pool(mode: Mode, do: Any, packages: Iterable[str] = ()) -> Any:
     from codellama.sandbox.jailer import NoIsolationError
     from codellama.sandbox.pool import shared_pool
 
     try:
-        pool = shared_pool(mode)
+        pool = shared_pool(mode, tuple(packages))
     except NoIsolationError as error:
         return Outcome("refused", message=str(error))
     return do(pool)

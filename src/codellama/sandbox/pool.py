@@ -164,19 +164,19 @@ def _only_defines_check(tests: str) -> bool:
 
 
 _lock = threading.Lock()
-_shared: dict[tuple[int, str], Pool] = {}
+_shared: dict[tuple[Any, ...], Pool] = {}
 
 
-def shared_pool(mode: Mode = "namespaces") -> Pool:
+def shared_pool(mode: Mode = "namespaces", packages: tuple[str, ...] = ()) -> Pool:
     """The pool of this process, made when it is first asked for."""
-    key = (os.getpid(), mode)  # a fork must not talk to the jails of its parent
+    key = (os.getpid(), mode, packages)  # a fork must not talk to the jails of its parent
     with _lock:
         if key not in _shared:
-            _shared[key] = Pool(mode=mode)
+            _shared[key] = Pool(mode=mode, packages=packages)
             atexit.register(_close, key)
         return _shared[key]
 
 
-def _close(key: tuple[int, str]) -> None:
+def _close(key: tuple[Any, ...]) -> None:
     if key[0] == os.getpid():
         _shared.pop(key).close()

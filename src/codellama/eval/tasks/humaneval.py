@@ -142,6 +142,8 @@ for arguments in {inputs!r}:
 class HumanEvalInfilling(HumanEval):
     """HumanEval solutions with a gap: a line, some lines, or any run of characters."""
 
+    has_gaps = True
+
     def __init__(self, setting: Setting | None, kind: str, suffix_first: bool = False) -> None:
         super().__init__(setting)
         order = "SPM" if suffix_first else "PSM"

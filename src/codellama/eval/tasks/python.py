@@ -11,7 +11,13 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from codellama.eval.execution import judge_python, missing_modules, run_cases, run_program
+from codellama.eval.execution import (
+    SCIENTIFIC,
+    judge_python,
+    missing_modules,
+    run_cases,
+    run_program,
+)
 from codellama.eval.task import (
     USUAL,
     Patience,
@@ -195,7 +201,7 @@ def _text(value: Any) -> str:
 
 
 class Ds1000(Task):
-    """Data science with seven libraries, 1,000 problems.
+    """Data science: of 1,000 problems the 887 that need neither PyTorch nor TensorFlow.
 
     The tests hold the program that the answer becomes part of, and share its process, because they
     compare frames and figures; some also look for what the answer must use.
@@ -206,8 +212,16 @@ class Ds1000(Task):
     id_form = "DS-1000/{metadata[problem_id]}"
     group_form = "{metadata[library]}"
     reference_field = "reference_code"
-    protocol = "completion; tests share the answer's process, as published"
+    protocol = "completion; without PyTorch and TensorFlow; tests share the answer's process"
     runs_programs = True
+
+    def is_asked(self, problem: Problem) -> bool:
+        """Those of libraries that are small enough to be at hand."""
+        return problem.group not in ("Pytorch", "Tensorflow")
+
+    def reference_problems(self) -> list[Problem]:
+        """The same."""
+        return self.problems()
 
     def prompt(self, problem: Problem) -> Prompt:
         """The question up to where the code begins."""
@@ -226,7 +240,7 @@ class Ds1000(Task):
         calls = f"\nanswer = {completion!r}\ntest_execution(answer)\n"
         if "def test_string(" in context:
             calls += "test_string(answer)\n"
-        return run_program(context + calls, "python", DS1000_TIMEOUT_S, patience)
+        return run_program(context + calls, "python", DS1000_TIMEOUT_S, patience, **SCIENTIFIC)
 
     def unavailable(self) -> str:
         """The libraries that are missing."""
