@@ -89,6 +89,9 @@ class SelfInstruct(Section):
     """Below the recipe's work folder; another round with another model gets another name."""
     mine: bool = True
     """Take functions with docstrings and tests from the sources of the corpus."""
+    observe: bool = False
+    """Call mined functions that have too few tests with values of many kinds, and take what they
+    give as tests: many more problems, most of them easy. What a function does is then the truth."""
     imports: tuple[InstructionSet, ...] = ()
     hold_out: tuple[str, ...] = ()
     """Packages whose mined problems are kept for measuring, and never trained on."""

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from codellama import sandbox
 from codellama.eval.execution import calibrate, judge_python
@@ -22,6 +22,7 @@ from codellama.eval.rows import Row, appending, read_rows
 from codellama.eval.task import Patience
 
 N_ERROR_RETRIES = 2  # beyond the sandbox's own
+MAX_VALUE_CHARS = 20_000
 BATCH = 64  # jobs of one task on a cluster: half a second
 
 
@@ -31,7 +32,7 @@ class Job(NamedTuple):
     key: str
     program: str
     tests: str | None
-    """None runs the program alone; a number on its last line is kept as `value`."""
+    """None runs the program alone; JSON on its last line is kept as `value`."""
 
     def digest(self) -> str:
         """What was run, shortened."""
@@ -103,18 +104,17 @@ def _run(job: Job, timeout_s: float, patience: Patience) -> Row:
     outcome = sandbox.run(job.program, cpu_s=cpu_s, timeout_s=cpu_s * patience.wall)
     return {
         "status": outcome.status,
-        "value": _last_number(outcome.stdout) if outcome.passed else None,
+        "value": _last_value(outcome.stdout) if outcome.passed else None,
         "cpu_s": round(outcome.cpu_s, 3),
     }
 
 
-def _last_number(text: str) -> float | None:
-    """A share on the last line that a program printed; None where it printed something else."""
+def _last_value(text: str) -> Any:
+    """JSON on the last line that a program printed; None where it printed something else."""
     try:
-        value = json.loads(text.rstrip().rpartition("\n")[2][:40])
-    except ValueError:
+        return json.loads(text.rstrip().rpartition("\n")[2][:MAX_VALUE_CHARS])
+    except (ValueError, RecursionError):
         return None
-    return round(value, 3) if isinstance(value, (int, float)) and 0 <= value <= 1 else None
 
 
 def _on_cluster(jobs: list[Job], timeout_s: float, address: str) -> Iterator[Row]:

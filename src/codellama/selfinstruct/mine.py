@@ -86,44 +86,54 @@ def mine(
                 if d.reason is None and len(d.content) <= MAX_BYTES
             }
             files = {p: t for p, t in texts.items() if is_permissive(licence_of_header(t) or "MIT")}
-            row |= mine_package(key, files, settings.min_tests)
+            row |= mine_package(key, files, settings.min_tests, settings.observe)
         else:
             row["rejects"] = [[key, f"licence: {licence}"]]
         name = normalised_name(package)
         held_out = name in map(normalised_name, settings.hold_out)
         by_hash = unit_hash(corpus.seed, name) < settings.hold_out_share
         held_out |= by_hash and name != "cpython"  # as in the corpus
-        for problem in row["problems"]:
+        for problem in (*row["problems"], *row.get("untested", ())):
             problem |= {"package": package, "licence": licence, "held_out": held_out}
         yield row
 
 
-def mine_package(package: str, files: dict[str, str], min_tests: int) -> dict[str, Any]:
-    """Problems and rejects among the files of one package, by path."""
+def mine_package(
+    package: str, files: dict[str, str], min_tests: int, untested: bool = False
+) -> dict[str, Any]:
+    """Problems and rejects among the files of one package, by path.
+
+    untested: keep functions with too few tests apart, too, for observe.py.
+    """
     test_files = {path: text for path, text in files.items() if _is_test(path)}
     called = {name for text in test_files.values() for name in re.findall(r"(\w+)\(", text)}
     functions: list[_Function] = []
     for path in sorted(files.keys() - test_files.keys()):
         defined = set(re.findall(r"^def ([a-zA-Z]\w*)\(", files[path], re.M))
-        if defined & called or (defined and ">>>" in files[path]):
+        if defined & called or (defined and (untested or ">>>" in files[path])):
             functions += _documented(path, files[path])
     # Which of several functions of one name a test means is not known.
     counts = Counter(function.node.name for function in functions)
     asserted = _asserted(test_files.values(), {name for name, n in counts.items() if n == 1})
     problems: list[Row] = []
+    without: list[Row] = []
     rejects: list[list[str]] = []
     for function in functions:
         name = function.node.name
         tests = list(dict.fromkeys([*_doctests(function.node), *asserted.get(name, [])]))
         problem = f"fewer than {min_tests} tests"
-        if len(tests) >= min_tests:
+        is_tested = len(tests) >= min_tests
+        if is_tested or untested:
             problem = _problem(function, tests[:MAX_TESTS])
         task_id = f"{package}/{function.path}:{name}"
         if isinstance(problem, str):
             rejects.append([task_id, problem])
-        else:
+        elif is_tested:
             problems.append({"id": task_id, "source": "mined", **problem})
-    return {"problems": problems, "rejects": rejects, "n_documented": len(functions)}
+        else:
+            without.append({"id": task_id, "source": "observed", **problem})
+    found = {"problems": problems, "rejects": rejects, "n_documented": len(functions)}
+    return found | {"untested": without} if untested else found
 
 
 def _is_test(path: str) -> bool:

@@ -29,7 +29,7 @@ def report(run: Run) -> dict[str, Any]:
     """
     names = ("mined", "batches", "questions", "tests", "problems", "held_out", "solutions")
     rows = {name: run.rows(name) for name in (*names, "verified", "timing")}
-    runs = {name: run.rows(name) for name in ("references", "runs", "checks")}
+    runs = {name: run.rows(name) for name in ("observed", "references", "runs", "checks")}
     executed = [row for each in runs.values() for row in each]
     n_errors = sum(row["status"] == "error" for row in executed)
     if n_errors > MAX_ERROR_SHARE * len(executed):
@@ -50,6 +50,7 @@ def report(run: Run) -> dict[str, Any]:
         "funnel": {
             "documented functions": sum(row.get("n_documented", 0) for row in rows["mined"]),
             "mined problems": sum(len(row["problems"]) for row in rows["mined"]),
+            "functions observed": len(runs["observed"]),
             "batches of questions written": len(rows["batches"]),
             "questions that differ": len(rows["questions"]),
             "sets of tests written": len(rows["tests"]),

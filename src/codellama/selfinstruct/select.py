@@ -71,7 +71,9 @@ def check(row: Row, jobs: Sequence[Job], runs: Mapping[str, Row]) -> None:
     for job in jobs:
         kind, run = job.key.rpartition("#")[2], runs[job.key]
         if kind == "coverage":
-            row["coverage"] = run["value"]
+            share = run["value"]  # what a program printed
+            is_share = isinstance(share, int | float) and 0 <= share <= 1
+            row["coverage"] = round(share, 3) if is_share else None
         elif kind.startswith("mutant"):
             killed.append(run["status"] not in ("passed", "error"))
         elif run["status"] == "passed":

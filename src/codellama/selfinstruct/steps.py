@@ -1,6 +1,7 @@
 """The steps in order, each from the files of those before it to its own.
 
     mine      sources                  -> mined.jsonl          a row a package
+    observe   untested functions       -> observed.jsonl       a row a function
     ask       the questions' model     -> batches.jsonl        a row a batch
     questions both, instruction sets   -> questions.jsonl, imported.jsonl
     tests     the tests' model         -> tests.jsonl          a row a question
@@ -34,6 +35,7 @@ from codellama.selfinstruct import questions, solutions, unit_tests
 from codellama.selfinstruct.asking import Open, ask, open_role, turns
 from codellama.selfinstruct.execute import Job, execute
 from codellama.selfinstruct.mine import mine
+from codellama.selfinstruct.observe import observation, observed_tests
 from codellama.selfinstruct.select import check, check_jobs, chosen, passed_tests, solution_jobs
 from codellama.tokenizer.chat import TAGS
 
@@ -107,6 +109,12 @@ def mine_sources(run: Run) -> None:
                     run.say(f"mined {row['id']}: {len(row['problems'])} problems")
 
 
+def observe_functions(run: Run) -> None:
+    """Call mined functions without tests, to see what they give."""
+    rows = [row for mined in run.rows("mined") for row in mined.get("untested", ())]
+    run.execute("observed", map(observation, rows))
+
+
 def ask_questions(run: Run) -> None:
     """Let the model write batches of questions."""
     if role := run.settings.questions:
@@ -117,7 +125,10 @@ def choose_questions(run: Run) -> None:
     """Drop questions that are malformed, there twice, alike, or in a benchmark."""
     corpus, settings = run.recipe.corpus, run.settings
     block_list = build_block_list(corpus.benchmarks) if corpus.benchmarks else None
-    found = [problem for row in run.rows("mined") for problem in row["problems"]]
+    mined, seen = run.rows("mined"), {row["id"]: row for row in run.rows("observed")}
+    found = [problem for row in mined for problem in row["problems"]]
+    untested = [row for each in mined for row in each.get("untested", ())]
+    found += [row | observed_tests(row, seen) for row in untested]
     dialogs: list[Row] = []
     for given in settings.imports:
         rows = list(questions.read_instructions(given.path))
@@ -149,7 +160,7 @@ def verify_references(run: Run) -> None:
         tests = [test for i, test in enumerate(row["tests"]) if i in held]
         # Examples of a docstring may show what holds elsewhere; a test that was written for an
         # answer of unknown quality is not dropped for it.
-        is_mined = row["source"] == "mined"
+        is_mined = row["source"] in ("mined", "observed")
         if len(tests) >= (run.settings.min_tests if is_mined else len(row["tests"])):
             row |= {"tests": tests, "verified": True, "solution": row["reference"]}
         elif is_mined:
@@ -228,6 +239,7 @@ def _check(run: Run, name: str, rows: Sequence[Row]) -> None:
 
 STEPS: dict[str, Callable[[Run], Any]] = {
     "mine": mine_sources,
+    "observe": observe_functions,
     "ask": ask_questions,
     "questions": choose_questions,
     "tests": write_tests,
