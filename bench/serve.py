@@ -7,13 +7,14 @@ Everything runs in this process, engine and server alike, so that both have the 
     streams      200 streams at once: first tokens, and whether each has the text of a lone request
     crowd        1,000 requests at once where 64 have a place: how soon the others hear 429
     leaving      clients that leave at random moments: memory and blocks before and after
-    keystrokes   a file of 2,000 lines is typed on; beside llama.cpp's server with --peer URL
+    keystrokes   a file of 2,000 lines is typed on; beside llama.cpp's server with --peer URL:
+                 its own (the same /infill requests) or llama-cpp-python's (the prompts as texts)
 
-    python bench/serve.py [--streams 200] [--leavers 1000] [--tokens 64] [--peer URL]
+    python bench/serve.py [--only PART,…] [--tokens 64] [--streams 200] [--peer URL] …
 
 With --dtype float32 every stream must have the text of a lone request; in bfloat16 two tokens that
-are as good as equal may change places. The peer gets the same /infill requests; start it on the
-same weights (`codellama convert … --to gguf`) and the same cores. The last line is one JSON object.
+are as good as equal may change places. Start the peer on the same weights (`codellama convert …
+--to gguf`) and the same cores. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -38,6 +40,7 @@ from codellama.engine import Engine, SamplingParams
 from codellama.serve import Limits, Service, create_app
 from codellama.serve.guard import Protocol
 
+N_PREFIX, N_SUFFIX = 40, 10  # lines around the cursor, as docs/editors.md sets editors up
 SOURCE = Path(json.__file__).parent.parent / "argparse.py"
 
 
@@ -51,6 +54,7 @@ def main() -> None:
         ("crowd", 1000),
     ):
         parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--only", default="", help="parts, between commas")
     parser.add_argument("--model")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--peer", help="address of llama.cpp's server")
@@ -60,15 +64,19 @@ def main() -> None:
     engine = Engine(options.model, dtype=options.dtype)
     url = listen(engine)
     text = SOURCE.read_text()
-    results = throughput(engine, url, text, options.tokens)
-    results |= overhead(engine, url)
-    results |= asyncio.run(streams(engine, url, text, options.streams, options.tokens))
-    results |= asyncio.run(leaving(engine, url, options.leavers))
-    results |= asyncio.run(crowd(listen(engine, 64), options.crowd))
-    results["keystrokes"] = keystrokes(url, text, options.keystrokes)
-    results["keystrokes_suffix_first"] = keystrokes(url, text, options.keystrokes, True)
-    if options.peer:
-        results["keystrokes_of_peer"] = keystrokes(options.peer, text, options.keystrokes)
+    parts: dict[str, Callable[[], dict[str, object]]] = {
+        "throughput": lambda: throughput(engine, url, text, options.tokens),
+        "overhead": lambda: overhead(engine, url),
+        "streams": lambda: asyncio.run(streams(engine, url, text, options.streams, options.tokens)),
+        "leaving": lambda: asyncio.run(leaving(engine, url, options.leavers)),
+        "crowd": lambda: asyncio.run(crowd(listen(engine, 64), options.crowd)),
+        "keystrokes": lambda: editing(url, options.peer, text, options.keystrokes),
+    }
+    results: dict[str, object] = {}
+    for name in options.only.split(",") if options.only else parts:
+        begin = time.perf_counter()
+        results |= parts[name]()
+        print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr)
     print(json.dumps(results))
 
 
@@ -259,37 +267,46 @@ async def leaving(engine: Engine, url: str, count: int) -> dict[str, object]:
     }
 
 
+def editing(url: str, peer: str | None, text: str, count: int) -> dict[str, object]:
+    """Keystrokes with and without SPM, and at the peer, one after the other."""
+    found: dict[str, object] = {"keystrokes": keystrokes(url, text, count)}
+    found["keystrokes_suffix_first"] = keystrokes(url, text, count, True)
+    if peer:
+        found["keystrokes_of_peer"] = keystrokes(peer, text, count)
+    return found
+
+
 def keystrokes(
     url: str, text: str, count: int, suffix_first: bool | None = None
 ) -> dict[str, float]:
     """Medians over suggestions while a function is typed in the middle of a file."""
     lines = text.splitlines(keepends=True)[:2000]
-    prefix, suffix = "".join(lines[:1000]), "".join(lines[1000:])
+    prefix, suffix = "".join(lines[:1000]), "".join(lines[1000 : 1000 + N_SUFFIX])
     typed = "    def __len__(self):\n        return len(self._actions)\n" * 4
     first_ms, rates = [], []
     with httpx.Client(base_url=url, timeout=120) as client:
+        path = "/infill" if client.post("/infill").status_code != 404 else "/v1/completions"
         for end in range(1, count + 1):
-            before = (prefix + typed[:end]).splitlines(keepends=True)
-            body = {  # what llama.vim sends: 256 lines before, 64 behind
-                "input_prefix": "".join(before[-256:-1]),
-                "prompt": before[-1],
-                "input_suffix": "".join(suffix.splitlines(keepends=True)[:64]),
-                "n_predict": 16,
-                "temperature": 0,
-                "cache_prompt": True,
-                "stream": True,
-                "suffix_first": suffix_first,
-            }
-            begin, first = time.perf_counter(), 0.0
-            n_tokens = 0
-            with client.stream("POST", "/infill", json=body) as reply:
+            before = (prefix + typed[:end]).splitlines(keepends=True)[-N_PREFIX:]
+            if path == "/infill":
+                where = {"input_prefix": "".join(before[:-1]), "prompt": before[-1]}
+                where |= {"input_suffix": suffix, "n_predict": 16, "cache_prompt": True}
+                body = where | {"suffix_first": suffix_first}
+            else:  # llama-cpp-python's, which takes the pieces of control ids from a text
+                pieces = f"\u2581<PRE>{''.join(before)}\u2581<SUF>{suffix}\u2581<MID>"
+                body = {"prompt": pieces, "max_tokens": 16}
+            body |= {"temperature": 0, "stream": True}
+            begin, first, n_tokens = time.perf_counter(), 0.0, 0
+            with client.stream("POST", path, json=body) as reply:
+                assert reply.status_code == 200, reply.read()
                 for line in reply.iter_lines():
                     if line.startswith("data: {"):
                         first = first or time.perf_counter() - begin
+                        n_tokens += 1
                         last = json.loads(line[6:])
-                n_tokens = last.get("timings", {}).get("predicted_n", 0)
             if end > 1:  # the first finds nothing in the cache
                 first_ms.append(1000 * first)
+                n_tokens = last.get("timings", {}).get("predicted_n", n_tokens)
                 rates.append(n_tokens / (time.perf_counter() - begin))
     return {
         "first_token_ms": round(statistics.median(first_ms), 1),

@@ -70,7 +70,8 @@ def test_streams(client, engine):
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == 12
     chunks = list(client.chat.completions.create(messages=DIALOG, **GREEDY, stream=True))
-    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].delta.role for c in chunks] == ["assistant"] + [None] * (len(chunks) - 1)
+    assert chunks[0].choices[0].delta.content == ""
     assert all(c.choices[0].delta.content is not None for c in chunks)
     text = "".join(c.choices[0].delta.content for c in chunks)
     assert text == engine.chat([DIALOG], PARAMS)[0].text
@@ -131,6 +132,19 @@ def test_echo_scores_a_text(client, engine):
     assert choice.logprobs.token_logprobs[0] is None
     [scores] = engine.score([text])
     assert choice.logprobs.token_logprobs[1:] == pytest.approx(scores, abs=1e-4)
+    assert choice.logprobs.top_logprobs is None
+    # With the likeliest tokens of each place: what the engine would choose there.
+    settings = {"model": "x", "prompt": text, "temperature": 0, "echo": True, "logprobs": 2}
+    [choice] = client.completions.create(max_tokens=2, **settings).choices
+    tops, tokens = choice.logprobs.top_logprobs, choice.logprobs.tokens
+    assert (tops[0], len(tops)) == (None, len(tokens))
+    ids = engine.tokenizer.encode(text, bos=True)
+    for at in (1, 5, len(ids) - 1, len(ids)):
+        params = SamplingParams(1, top_logprobs=2)
+        [[(_, likeliest), _]] = engine.complete([ids[:at]], params)[0].top_logprobs
+        assert max(tops[at].values()) == pytest.approx(likeliest, abs=1e-4)
+        place = choice.logprobs.token_logprobs[at]
+        assert place == pytest.approx(scores[at - 1], abs=1e-4) if at < len(ids) else place <= 0
 
 
 def test_json_schema(client):

@@ -23,7 +23,7 @@ from codellama.engine.batcher import Batcher, Generation
 from codellama.engine.blocks import BLOCK_TOKENS, BlockPool
 from codellama.engine.cache import PagedCache, available_bytes
 from codellama.engine.generator import Ask, Generator, Prompt, Put
-from codellama.engine.runner import Runner
+from codellama.engine.runner import Chosen, Runner
 from codellama.engine.sampling import SamplingParams
 from codellama.engine.scheduler import STEP_TOKENS, Scheduler
 from codellama.engine.sequence import Piece
@@ -125,16 +125,21 @@ class Engine(Generator):
         Raises:
             ValueError: a text is longer than the context.
         """
-        results = []
-        for prompt in prompts:
-            ids = self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
-            if len(ids) > self.max_context:
-                raise ValueError(
-                    f"the text has {len(ids)} tokens, the model's context {self.max_context}"
-                )
-            self._check_ids(ids)
-            results.append(self._runner.score(list(ids)) if len(ids) > 1 else [])
-        return results
+        texts = (self.tokenizer.encode(p, bos=True) if isinstance(p, str) else p for p in prompts)
+        return [[logprob for _, logprob, _ in self.rank(ids)] for ids in texts]
+
+    def rank(self, ids: Sequence[int], n_top: int = 0) -> Chosen:
+        """Each id after the first, with its log-probability and those of the most likely ids.
+
+        Raises:
+            ValueError: as `score`.
+        """
+        if len(ids) > self.max_context:
+            raise ValueError(
+                f"the text has {len(ids)} tokens, the model's context {self.max_context}"
+            )
+        self._check_ids(ids)
+        return self._runner.score(list(ids), n_top) if len(ids) > 1 else []
 
     def submit(
         self,

@@ -85,18 +85,20 @@ class Runner:
         return self.model.lm_head(hidden[wanted]).float()
 
     @torch.inference_mode()
-    def score(self, tokens: list[int]) -> list[float]:
-        """Log-probability of each token after the first, given those before it."""
+    def score(self, tokens: list[int], n_top: int = 0) -> Chosen:
+        """Each token after the first with its log-probability, given those before it."""
         ids = torch.tensor(tokens, device=self._device)
         padded = F.pad(ids[:-1], (0, -(len(ids) - 1) % LENGTH_STEP))[None]
         positions = torch.arange(padded.shape[1], device=self._device)[None]
         hidden = self.model.model(padded, positions, causal)[0, : len(ids) - 1]
-        scores: list[float] = []
+        scores: Chosen = []
         for begin in range(0, len(ids) - 1, 1024):  # never the logits of a whole long text
             part = slice(begin, begin + 1024)
-            logits = self.model.lm_head(hidden[part]).float()
-            chosen = logits.log_softmax(-1).gather(-1, ids[1:][part, None])
-            scores += chosen[:, 0].tolist()
+            logprobs = self.model.lm_head(hidden[part]).float().log_softmax(-1)
+            chosen = logprobs.gather(-1, ids[1:][part, None])[:, 0].tolist()
+            likely = zip(*(found.tolist() for found in logprobs.topk(n_top)), strict=True)
+            tops = [tuple(zip(ids, values, strict=True)) for values, ids in likely]
+            scores += zip(tokens[1:][part], chosen, tops, strict=True)
         return scores
 
 

@@ -196,6 +196,10 @@ class _Reply:
         kind = self.kind + ".chunk" * self.is_chat
         async with aclosing(stream) as pieces:
             async for number, piece, result in pieces:
+                if self.is_chat and number not in results:
+                    delta = {"role": "assistant", "content": ""}
+                    opening = {"index": number, "delta": delta, "finish_reason": None}
+                    yield self.head(kind, [opening | {"logprobs": None}])
                 choice = await self.choice(number, piece, "delta", n_chars.get(number))
                 n_chars[number] = n_chars.get(number, 0) + len(choice.get("text", ""))
                 results[number] = result
@@ -229,8 +233,8 @@ class _Reply:
         choice: dict[str, Any] = {"index": number}
         logprobs = None
         if self.is_chat:
-            message = {"role": "assistant"} if is_first else {}
-            choice[name] = message | {"content": part.text}
+            role = {"role": "assistant"} if name == "message" else {}
+            choice[name] = role | {"content": part.text}
             if self.request.params.logprobs:
                 logprobs = {"content": self._chat_logprobs(part)}
         else:
@@ -248,13 +252,14 @@ class _Reply:
     async def _logprobs(
         self, which: int, part: Piece | Result, n_chars: int, has_echo: bool
     ) -> dict[str, Any]:
-        """The older shape: a list for each property; an echo has no likeliest tokens."""
+        """The older shape: a list for each property."""
         ids, values, tops = list(part.token_ids), [*part.logprobs], [*part.top_logprobs]
         if has_echo:
             prompt = self.request.prompts[which].ids
-            scores = await self.service.score(prompt)
+            scored = await self.service.score(prompt, self.body.logprobs)
             ids = [*prompt, *ids]
-            values, tops = [None, *scores, *values], [*[None] * len(prompt), *tops]
+            values = [None, *(value for _, value, _ in scored), *values]
+            tops = [None, *(top or None for _, _, top in scored), *tops]
         text = partial(token_text, self.service.tokenizer)
         tokens = [text(token) for token in ids]
         shown = [top and {text(i): _finite(p) for i, p in top} for top in tops]

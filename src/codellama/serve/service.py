@@ -22,6 +22,7 @@ from fastapi import Request as HttpRequest
 from codellama.engine import Engine, Piece, SamplingParams
 from codellama.engine.endpoint import Endpoint
 from codellama.engine.grammar import matcher_of
+from codellama.engine.runner import Chosen
 from codellama.serve import prompts
 from codellama.serve.generation import Edit, Request, Result, edited
 from codellama.serve.metrics import Metrics
@@ -172,10 +173,16 @@ class Service:
             best += group[: request.n]
         return best
 
-    async def score(self, ids: Sequence[int]) -> list[float]:
-        """Log-probabilities of a prompt's tokens after the first; one prompt at a time."""
+    async def score(self, ids: Sequence[int], n_top: int) -> Chosen:
+        """A prompt's tokens after the first, as `Engine.rank`; one prompt at a time.
+
+        A cluster gives no likeliest tokens.
+        """
         async with self._scoring:
-            return (await asyncio.to_thread(self.source.score, [ids]))[0]
+            if isinstance(self.source, Engine):
+                return await asyncio.to_thread(self.source.rank, ids, n_top)
+            [found] = await asyncio.to_thread(self.source.score, [ids])
+            return [(token, p, ()) for token, p in zip(ids[1:], found, strict=True)]
 
     def end(self, error: ApiError, client: str | None = None) -> None:
         """End what is under way, of one client or of all."""
