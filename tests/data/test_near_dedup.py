@@ -135,7 +135,7 @@ def test_thousands_of_copies_are_not_compared_each_with_each(
 def test_the_result_is_the_components_of_all_candidate_pairs() -> None:
     """Random signatures over few values, against comparing everything with everything."""
     rng = np.random.default_rng(0)
-    settings = NearDuplicates(n_hashes=16, n_bands=8, threshold=0.5)
+    settings = NearDuplicates(n_hashes=16, n_bands=8, threshold=0.5)  # of sd 0.125
     for _ in range(20):
         rows = rng.integers(0, 3, (60, 16)).astype(np.uint32)
         parent = list(range(60))
@@ -148,7 +148,7 @@ def test_the_result_is_the_components_of_all_candidate_pairs() -> None:
         for a in range(60):
             for b in range(a):
                 same = rows[a] == rows[b]
-                if same.reshape(8, 2).all(axis=1).any() and same.mean() >= 0.5:
+                if same.reshape(8, 2).all(axis=1).any() and same.mean() >= 0.375:
                     parent[max(root(a), root(b))] = min(root(a), root(b))
         chosen = representatives(rows, np.zeros(60), np.ones(60), settings)
         assert chosen.tolist() == [root(i) for i in range(60)]

@@ -3,8 +3,9 @@
     text -> MinHash signature -> bands -> candidate pairs -> estimated Jaccard -> components
 
 Two documents are candidates where all hashes of one band are equal; a pair counts where the
-share of equal hashes, which estimates the Jaccard similarity, reaches the threshold. Documents that
-are connected by such pairs are a cluster, of which the longest document stays.
+share of equal hashes, which estimates the Jaccard similarity, reaches the threshold less the
+estimate's standard deviation (with the threshold itself, half of the pairs at it are missed). What
+is connected by such pairs is a cluster, of which the longest document stays.
 
 It knows signatures and groups alone, no files. Groups are worked off in order and a later one never
 changes what was kept of an earlier one: so a new source or a new batch leaves the others alone.
@@ -98,6 +99,8 @@ def _components(
     """
     everything = np.r_[kept, rows]
     n_kept = len(kept)
+    threshold = settings.threshold
+    least = threshold - (threshold * (1 - threshold) / settings.n_hashes) ** 0.5
     # Of each place in `everything` its parent; a kept row never gets one, and a root that is a
     # kept row makes the whole tree its own.
     parent = np.arange(len(everything))
@@ -107,7 +110,7 @@ def _components(
             for at in range(0, len(left), PAIRS_AT_ONCE):
                 a, b = left[at : at + PAIRS_AT_ONCE], right[at : at + PAIRS_AT_ONCE]
                 equal = signatures[place[everything[a]]] == signatures[place[everything[b]]]
-                for pair in np.flatnonzero(equal.mean(axis=1) >= settings.threshold):
+                for pair in np.flatnonzero(equal.mean(axis=1) >= least):
                     _connect(parent, int(a[pair]), int(b[pair]), n_kept)
             _flatten(parent)
     label = parent[n_kept:]

@@ -62,6 +62,8 @@ def prepare_corpus(recipe: Recipe, ray: str | None = None) -> Path:
     """
     folder = recipe.corpus_dir.absolute()
     console = Console(stderr=True)
+    if ray:
+        _connect(ray)  # first of all: Daft keeps the runner that its first use chose
     with only_process(folder.parent, "is preparing a corpus here"):
         with console.status("listing sources …"):
             work = _plan(recipe, build=True)
@@ -219,8 +221,6 @@ def _run(missing: list[Staged], work: _Work, ray: str | None) -> Iterator[None]:
             stage_unit(s.unit, sources[s.unit.source], settings, work.folder, s.path.stem)
             yield
         return
-    if ray:
-        _connect(ray)
     # Large units first: the last one decides when all are done.
     missing = sorted(missing, key=lambda s: -s.unit.n_bytes)
     frame = daft.from_pydict(
@@ -231,7 +231,7 @@ def _run(missing: list[Staged], work: _Work, ray: str | None) -> Iterator[None]:
         }
     )
     frame = frame.into_partitions(len(missing)) if ray else frame.into_batches(1)
-    stage = daft.func(stage_json, return_dtype=daft.DataType.string(), use_process=not ray)
+    stage = daft.func(stage_json, return_dtype=daft.DataType.string(), use_process=True)
     arguments = (settings.to_json(), str(work.folder))
     done: Any = stage(col("unit"), col("source"), *arguments, col("key"))
     for _ in frame.select(done.alias("key")).to_arrow_iter():
