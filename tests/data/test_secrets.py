@@ -20,6 +20,9 @@ KEY_BLOCK = "-----BEGIN " + "RSA PRIVATE KEY-----"
         ("sk_live_" + "4eC39HqLyjWDarjtT1zdp7dc", "<KEY>"),
         ("hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYzAbCdEfGh", "<KEY>"),
         ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0." + "dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P", "<KEY>"),
+        ("bot = '110201543:AA" + "HdqTcvCH1vGWJxfSeofSAs0K5PALDsaw'", "bot = '<KEY>'"),
+        ("MTk4NjIyNDgzNDcxOTI1MjQ4" + ".Cl2FMQ.ZnCjm1XVW7vRze4b7Cq4se7kKWs", "<KEY>"),
+        ("AccountKey=" + "aB3+/x" * 14 + "Zz==;Endpoint", "AccountKey=<KEY>;Endpoint"),
         (
             "aws_secret_access_key = " + "wJalrXUtnFEMI/K7MDENG/bPxRfiCYzzzzzzzKEY",
             "aws_secret_access_key = <KEY>",
@@ -56,6 +59,7 @@ def test_secrets_become_placeholders(text: str, expected: str) -> None:
         "version 1.2.3.4, v1.2.3.4, numpy-1.2.3.4",
         "12:30:45, a[1:2:3], ::1, fe80::1, std::vector, {a:b:c}",
         "task-queue sk-learn SKILL",
+        "MultivariateNormalTestCase2.device.with_very_long_attribute_name",
         "sha256: " + "0123456789abcdef" * 4,
     ],
 )

@@ -67,18 +67,25 @@ def _is_password(value: str) -> bool:
 
 
 # Amazon, GitHub, GitLab, Slack, Google, Stripe, OpenAI and Anthropic, Hugging Face, PyPI, npm,
-# SendGrid, Twilio, DigitalOcean, JSON web tokens.
+# SendGrid, Twilio, DigitalOcean, JSON web tokens, Databricks, Shopify, Mailchimp, Grafana, Vault,
+# Linear, age, Postman, Square, Telegram, and Discord (a number in base64, a time, a hash).
 _TOKEN = (
     r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}|gh[opusr]_[A-Za-z0-9]{36,}|github_pat_\w{60,}"
     r"|glpat-[\w-]{20,}|xox[abeoprs]-[A-Za-z0-9-]{10,}|AIza[\w-]{35}|ya29\.[\w-]{30,}"
     r"|[sr]k_live_[A-Za-z0-9]{20,}|sk-(?:proj-|ant-)?[A-Za-z0-9_-]{40,}|hf_[A-Za-z]{34}"
     r"|pypi-AgE[\w-]{50,}|npm_[A-Za-z0-9]{36}|SG\.[\w-]{22}\.[\w-]{43}|SK[0-9a-f]{32}"
     r"|dop_v1_[0-9a-f]{64}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
+    r"|dapi[0-9a-f]{32}|shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}|[0-9a-f]{32}-us\d{1,2}"
+    r"|glsa_[A-Za-z0-9]{32}_[0-9a-f]{8}|hvs\.[\w-]{90,}|lin_api_[A-Za-z0-9]{40}"
+    r"|AGE-SECRET-KEY-1[0-9A-Z]{58}|PMAK-[0-9a-f]{24}-[0-9a-f]{34}|sq0(?:atp|csp)-[\w-]{22,43}"
+    r"|\d{8,10}:AA[\w-]{33}"
+    r"|(?:[MNO][DTjz][AEIMQUYcgk][w-z0-5]){6}\w{0,4}\.[\w-]{6}\.[\w-]{27,38}"
 )
 _AWS = (
     r"(?:(?i:aws.?secret\w{0,20})[\"']?\s{0,4}[:=]|SecretAccessKey[\"']?\s{0,4}[:=>])"
     r"\s{0,4}[\"']?"
 )
+_PLACES = r"AccountKey=|hooks\.slack\.com/services/"  # of Azure, of Slack
 _NAMED = (
     r"(?i:passw(?:or)?d|pwd|secret|api_?key|(?:auth|access)_?token)\w{0,10}[\"']?"
     r"\s{0,4}(?:=|:|=>)\s{0,4}[\"']"
@@ -91,6 +98,7 @@ _DETECTORS = (
         r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?P<secret>[^-]{64,}?)-----END",
     ),
     Detector("<KEY>", _TOKEN, rf"(?<![\w-])(?P<secret>{_TOKEN})(?!\w)"),
+    Detector("<KEY>", _PLACES, rf"(?:{_PLACES})(?P<secret>[\w+/]{{40,}}={{0,2}})"),
     Detector("<KEY>", _AWS, _AWS + r"(?P<secret>[A-Za-z0-9/+]{40})\b"),
     Detector(
         "<PASSWORD>",
