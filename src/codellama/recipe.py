@@ -122,6 +122,9 @@ class Stage(Section):
     """Share of the transformed documents of which the rest of a line, or a few lines, are taken out
     instead of what lies between two characters. Where a gap ends at a line's end a small model
     learns to end there (docs/experiments.md); not in the paper."""
+    fim_middle_share: Share = 0.0
+    """Share of the transformed documents of which only the middle and its end are learned, which
+    are a tenth of the tokens else; not in the paper."""
     rope_theta: Annotated[float, Field(gt=0)] | None = None
     """Replaces the model's rotary base in this stage and in what it writes."""
     max_spike_sigmas: Annotated[float, Field(gt=0)] | None = None

@@ -55,7 +55,8 @@ def test_cut_points_are_independent():
 
 @given(text=TEXTS, seed=st.integers())
 def test_transformed_document_is_the_document(small_tokenizer, text, seed):
-    ids = transform(small_tokenizer, text, random.Random(seed), 1.0, 0.5)
+    ids, begin = transform(small_tokenizer, text, random.Random(seed), 1.0, 0.5)
+    assert begin == 0  # all of it is learned
     assert ids is not None
     before, suffix = parts_of(small_tokenizer, ids)
     if before + suffix != text:  # PSM with an empty prefix looks like SPM; its first space is real
@@ -91,7 +92,8 @@ def drawn(monkeypatch):
 
     def draw(fim_rate, spm_share, n):
         rngs = map(random.Random, range(n))
-        return [transform(None, "def f(): pass", rng, fim_rate, spm_share) for rng in rngs]
+        found = [transform(None, "def f(): pass", rng, fim_rate, spm_share) for rng in rngs]
+        return [each and each[0] for each in found]
 
     return draw
 
@@ -127,10 +129,29 @@ def test_the_share_of_gaps_at_lines_does_not_move_the_other_cut_points(small_tok
             for share in (0.0, 0.5, 1.0)
         )
         assert half in (none, every)
-        _, suffix = parts_of(small_tokenizer, every)
+        _, suffix = parts_of(small_tokenizer, every[0])
         assert suffix == "" or suffix[0] == "\n"
         differ += half != none
     assert 25 < differ < 75
+
+
+@pytest.mark.parametrize(
+    ("prefix", "middle"), [("a =", " [1, 2"), ("sel", "f.x"), ("", "x"), ("x", "")]
+)
+def test_only_the_middle_is_learned(small_tokenizer, monkeypatch, prefix, middle):
+    """And EOT; where a token is of both prefix and middle, it is the middle's."""
+    monkeypatch.setattr(fim, "split_three", lambda text, rng: (prefix, middle, "]\n"))
+    tokenizer, seed = small_tokenizer, random.Random(0)
+    ids, begin = transform(tokenizer, "", seed, 1.0, 0.0, 0.0, 1.0)
+    assert ids[begin - 1] == tokenizer.middle_id
+    assert ids[begin:] == [*tokenizer.encode_without_prefix_space(middle), tokenizer.eot_id]
+    ids, begin = transform(tokenizer, "", seed, 1.0, 1.0, 0.0, 1.0)
+    both, before = tokenizer.encode(prefix + middle), tokenizer.encode(prefix)
+    n_same = next(
+        (i for i, (x, y) in enumerate(zip(both, before, strict=False)) if x != y), len(before)
+    )
+    assert ids[begin:] == [*both[n_same:], tokenizer.eot_id]
+    assert both[:n_same] == ids[ids.index(tokenizer.middle_id) + 1 : begin]
 
 
 def test_same_seed_same_split(small_tokenizer):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import random
 import re
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from codellama.tokenizer import Tokenizer
-from codellama.tokenizer.infilling import infilling_example
+from codellama.tokenizer.infilling import infilling_example, infilling_ids
 
 # A line from which a statement may start, at its indentation; `else` and the like continue the one
 # before. Strings and comments are matched so that what stands inside them is passed over.
@@ -64,10 +64,14 @@ def transform(
     fim_rate: float,
     spm_share: float,
     line_share: float = 0.0,
-) -> list[int] | None:
-    """The ids of a document transformed for infilling, or None when it is drawn to stay as it is.
+    middle_share: float = 0.0,
+) -> tuple[list[int], int] | None:
+    """A document transformed for infilling, or None when it is drawn to stay as it is.
 
     The draws come in a fixed order, so that a change of one rate does not move the cut points.
+
+    Returns:
+        Its ids, and from which of them on to learn: 0, or that of the middle.
     """
     is_transformed = rng.random() < fim_rate
     suffix_first = rng.random() < spm_share
@@ -76,7 +80,14 @@ def transform(
     prefix, middle, suffix = split_three(text, rng)
     if rng.random() < line_share:
         prefix, middle, suffix = split_at_lines(text, rng)
-    return infilling_example(tokenizer, prefix, middle, suffix, suffix_first)
+    ids = infilling_example(tokenizer, prefix, middle, suffix, suffix_first)
+    if rng.random() >= middle_share:
+        return ids, 0
+    begin = len(ids) - 1 - ids[::-1].index(infilling_ids(tokenizer)[2]) + 1
+    if suffix_first:  # one token may be of both, and is then the middle's
+        pairs = zip(ids[begin:], tokenizer.encode(prefix), strict=False)
+        begin += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return ids, begin
 
 
 def split_document(text: str, max_chars: int | None) -> list[str]:

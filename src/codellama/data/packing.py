@@ -60,6 +60,7 @@ class PackingSettings:
     fim_rate: float = 0.0
     spm_share: float = 0.5
     fim_line_share: float = 0.0
+    fim_middle_share: float = 0.0
     max_document_chars: int | None = None
     repeat_rate: float = 0.0
     seed: int = 0
@@ -191,16 +192,20 @@ class Lane:
             return Encoded(whole.name, [*whole.ids[:-1], *whole.ids[1:]])
         if len(whole.ids) <= n_remaining and settings.fim_rate > 0:
             name, text = self._document()
-            middle_out = transform(
+            transformed = transform(
                 self.tokenizer,
                 text,
                 random.Random(name),
                 settings.fim_rate,
                 settings.spm_share,
                 settings.fim_line_share,
+                settings.fim_middle_share,
             )
-            if middle_out is not None and len(middle_out) + 2 <= n_remaining:
-                return Encoded(name, [self.tokenizer.bos_id, *middle_out, self.tokenizer.eos_id])
+            if transformed is not None and len(transformed[0]) + 2 <= n_remaining:
+                ids, begin = transformed
+                n_all = len(ids) + 2  # with BOS before them
+                learn = [False] * (begin + 1) + [True] * (n_all - begin - 1) if begin else None
+                return Encoded(name, [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id], learn)
         return whole
 
     def _whole(self) -> Encoded:

@@ -220,6 +220,7 @@ def packing_settings(stage: Stage) -> PackingSettings:
         stage.fim_rate,
         stage.spm_share,
         stage.fim_line_share,
+        stage.fim_middle_share,
         stage.max_document_chars,
         stage.repeat_rate,
         stage.seed,
