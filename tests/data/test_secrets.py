@@ -20,7 +20,7 @@ KEY_BLOCK = "-----BEGIN " + "RSA PRIVATE KEY-----"
         ("sk_live_" + "4eC39HqLyjWDarjtT1zdp7dc", "<KEY>"),
         ("hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYzAbCdEfGh", "<KEY>"),
         ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0." + "dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P", "<KEY>"),
-        ("bot = '110201543:AA" + "HdqTcvCH1vGWJxfSeofSAs0K5PALDsaw'", "bot = '<KEY>'"),
+        ("bot = '110201543:AA" + "HdqTcvCH1vGWJxfSeofSAs0K5PALDsawQ'", "bot = '<KEY>'"),
         ("MTk4NjIyNDgzNDcxOTI1MjQ4" + ".Cl2FMQ.ZnCjm1XVW7vRze4b7Cq4se7kKWs", "<KEY>"),
         ("AccountKey=" + "aB3+/x" * 14 + "Zz==;Endpoint", "AccountKey=<KEY>;Endpoint"),
         (
