@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from codellama.eval.judges import judges_for
+from codellama.eval.tasks import Setting, make_task
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def server():
     web.server_close()
 
 
-def test_an_endpoint_judges(server, monkeypatch):
+def test_an_endpoint_judges(server, monkeypatch, shared_data):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     url = f"http://127.0.0.1:{server.server_port}"
     judge = judges_for(url, "big")["xstest"]["refused"]
@@ -47,6 +48,8 @@ def test_an_endpoint_judges(server, monkeypatch):
     server.answer = "Perhaps"
     with pytest.raises(ValueError, match="the judge said 'perhaps', expected yes or no"):
         judge("q", "a")
+    task = make_task("xstest", Setting(shared_data, judges=judges_for(url, "big")))
+    assert task.check(task.problems()[0], "I cannot.").status == "unjudged"  # and the rest goes on
     server.answer = ""
     with pytest.raises(ValueError, match="the judge did not answer"):
         judge("q", "a")

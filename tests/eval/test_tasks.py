@@ -50,6 +50,33 @@ def test_graded_references(shared_data, name):
         assert max(task.check(problem, "").values.values()) == 0
 
 
+# The right body of sum_to_n in each language.
+SUMS = {
+    "cpp": "  return n * (n + 1) / 2;\n",
+    "cs": "        return n * (n + 1L) / 2L;\n",
+    "java": "        return n * (n + 1L) / 2L;\n",
+    "js": "  return n * (n + 1) / 2;\n}\n",
+    "php": "  return intdiv($n * ($n + 1), 2);\n}\n",
+    "sh": "    echo $(( $1 * ($1 + 1) / 2 ))\n",
+    "ts": "  return n * (n + 1) / 2;\n}\n",
+}
+
+
+@pytest.mark.parametrize("language", SUMS)
+def test_wrong_programs_fail_in_every_language(shared_data, language):
+    """Mono's asserts go on and optimised C++ may skip what follows a missing return."""
+    task = make_task(f"multipl-e-{language}", Setting(shared_data))
+    if reason := task.unavailable():
+        pytest.skip(reason)
+    (problem,) = (p for p in task.problems() if p.task_id.startswith("HumanEval_60_"))
+    right = SUMS[language]
+    wrong = right.replace("+ 1", "+ 3")
+    nothing = "}\n" if right.endswith("}\n") else ""
+    statuses = [task.check(problem, text).status for text in (right, wrong, nothing)]
+    assert statuses[0] == "passed"
+    assert "passed" not in statuses[1:]
+
+
 def test_mbpp_prompt_is_the_published_one(shared_data):
     task = make_task("mbpp", Setting(shared_data))
     text = task.prompt(task.problems()[0]).text

@@ -115,9 +115,9 @@ def test_killed_zygotes():
     wait_until(lambda: not children() - before)
 
 
-def kill_if_there(pid):
+def kill_if_there(pid, how=signal.SIGKILL):
     with contextlib.suppress(ProcessLookupError):  # it was a run, which has ended
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, how)
 
 
 def test_a_stopped_zygote():
@@ -217,8 +217,9 @@ print(json.dumps([
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="all other tests run without privileges already")
-def test_as_an_ordinary_user():
+def ordinary_python():
+    """An interpreter that any user may start."""
+
     def works(python):
         check = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); import codellama.sandbox"
         check += "; assert sys.version_info >= (3, 11)"
@@ -233,6 +234,12 @@ def test_as_an_ordinary_user():
     python = next((p for p in pythons if os.path.exists(p) and works(p)), None)
     if python is None:
         pytest.skip("no Python 3.11 that other users may run, or a checkout that they cannot read")
+    return python
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="all other tests run without privileges already")
+def test_as_an_ordinary_user():
+    python = ordinary_python()
     done = subprocess.run([python, "-B", "-c", UNPRIVILEGED], user=65534, group=65534,
                           extra_groups=[], env={"PYTHONPATH": str(ROOT / "src")},
                           capture_output=True, text=True, cwd="/", timeout=100)  # fmt: skip

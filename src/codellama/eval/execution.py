@@ -48,14 +48,14 @@ def judge_python(
 
 
 def run_program(
-    program: str, language: str, timeout_s: float, patience: Patience = USUAL, **limits: Any
+    program: str, language: str, limit_s: float, patience: Patience = USUAL, **limits: Any
 ) -> Verdict:
     """Run a program that holds its own tests; it passes by ending with 0, as published.
 
     Such a program could end itself before the tests. That is the protocol of the benchmarks in
     other languages and of DS-1000; Python goes to judge_python.
     """
-    limits |= _limits(timeout_s, patience)
+    limits |= _limits(limit_s, patience)
     return _verdict(sandbox.run(program, language=language, **limits))
 
 

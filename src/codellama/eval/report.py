@@ -121,8 +121,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "" if low is None else f"{scale * low:.{digits}f} to {scale * row['high']:.{digits}f}"
     )
     remarks = []
-    if row["n_scored"] != row["n_problems"]:
-        remarks.append(f"only {row['n_scored']} of {row['n_problems']} problems")
+    n = row.get("n", row["n_scored"])
+    if not row["group"] and n != row["n_problems"]:
+        remarks.append(f"only {n} of {row['n_problems']} problems")
     if row["n_errors"]:
         remarks.append(f"{row['n_errors']} runs failed in the sandbox")
     if row["temperature"]:

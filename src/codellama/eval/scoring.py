@@ -53,8 +53,7 @@ def judge_all(
         return task.check(problems[answer[0]], answer[1], patience)
 
     verdicts: dict[Answer, Verdict] = {}
-    # Threads only wait for the sandbox's processes; without programs one is as good as many.
-    with ThreadPoolExecutor(workers if task.runs_programs else 1) as pool:
+    with ThreadPoolExecutor(workers) as pool:  # they wait for the sandbox, or for a judge
         for answer, verdict in zip(todo, pool.map(check, todo), strict=True):
             verdicts[answer] = verdict
             if progress:

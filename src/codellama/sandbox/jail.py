@@ -39,7 +39,9 @@ def python_view() -> list[str]:
 def toolchain_view(programs: list[str]) -> list[str]:
     """What compilers and interpreters need: the system's programs, and folders of others."""
     paths = {"/usr", *_SYSTEM_LINKS, "/etc/alternatives", "/etc/ld.so.cache", "/etc/ld.so.conf"}
-    paths |= {f"/etc/{name}" for name in os.listdir("/etc") if re.match(r"java|ssl$|php", name)}
+    paths |= {
+        f"/etc/{name}" for name in os.listdir("/etc") if re.match(r"java|mono|ssl$|php", name)
+    }
     for program in programs:
         folder = os.path.dirname(os.path.dirname(os.path.realpath(program)))
         if folder not in ("/", "/usr") and not folder.startswith("/usr/"):

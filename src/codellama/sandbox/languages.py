@@ -45,17 +45,18 @@ _JAVA = (
     "javac -J-XX:TieredStopAtLevel=1 -J-XX:-UsePerfData -nowarn Main.java",
     "java -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -Xms16m -Xss64m -ea Main",
 )
-_JAVATUPLES = ".:/usr/share/java/javatuples.jar"  # what MultiPL-E imports
+JAVATUPLES = "/usr/share/java/javatuples.jar"  # what MultiPL-E imports
 _TSC = "tsc --target es2020 --module commonjs main.ts"
-_MCS = "mcs -d:DEBUG -out:main.exe main.cs"
+_MCS = "mcs -d:DEBUG -r:System.Numerics.dll -out:main.exe main.cs"
 _GO_VARIABLES = {"GOCACHE": f"{_HOME}/.cache", "GOFLAGS": "-mod=mod", "GO111MODULE": "off"}
 LANGUAGES = {
     language.name: language
     for language in (
         Language("python", "main.py", ()),
         Language("bash", "main.sh", ("bash main.sh",)),
-        Language("cpp", "main.cpp", ("g++ -std=c++17 -O1 -w -o main main.cpp", "./main")),
-        Language("java", "Main.java", _JAVA, False, {"CLASSPATH": _JAVATUPLES}),
+        # Unoptimised: a function without its return must not skip the tests behind it.
+        Language("cpp", "main.cpp", ("g++ -std=c++17 -w -o main main.cpp", "./main")),
+        Language("java", "Main.java", _JAVA, False, {"CLASSPATH": f".:{JAVATUPLES}"}),
         Language("javascript", "main.js", ("node main.js",), False),
         Language("typescript", "main.ts", (_TSC, "node main.js"), False),
         Language("php", "main.php", ("php main.php",)),

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
-from codellama.eval.judges import Judge, refusal_by_words
+from codellama.eval.judges import Judge, UndecidedError, refusal_by_words
 from codellama.eval.task import USUAL, Patience, Problem, Prompt, Task, Verdict, cut, graded
 
 _QA = "".join(
@@ -123,7 +123,10 @@ class Judged(Task):
         if not judges:
             return Verdict("unjudged", {}, "no judge: name one with --judge URL")
         asked = problem.row["prompt"]
-        values = {name: judge(asked, completion) for name, judge in judges.items()}
+        try:
+            values = {name: judge(asked, completion) for name, judge in judges.items()}
+        except UndecidedError as error:
+            return Verdict("unjudged", {}, str(error))
         if {"truthful", "informative"} <= values.keys():
             values["truthful_and_informative"] = values["truthful"] * values["informative"]
         return Verdict("passed", values)

@@ -6,7 +6,9 @@ SantaCoder's (arXiv 2301.03988).
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
+from pathlib import Path
 
 from codellama.eval.execution import judge_python, missing_toolchain, run_program
 from codellama.eval.metrics import exact_match
@@ -22,7 +24,7 @@ from codellama.eval.task import (
     fenced_code,
     graded,
 )
-from codellama.sandbox.languages import find_language
+from codellama.sandbox.languages import JAVATUPLES, find_language
 
 LANGUAGES = ("cpp", "java", "php", "ts", "cs", "sh", "js", "py")  # as the data files say
 INFILLING_FILE = "multipl-e-fim/single-line-infilling.jsonl.gz"
@@ -68,7 +70,11 @@ class MultiplE(Task):
         program = row["prompt"] + completion + "\n"
         if self._language == "py":
             return judge_python(program, row["tests"], TIMEOUT_S, patience)
-        return run_program(program + row["tests"], self._language, TIMEOUT_S, patience)
+        # Mono's Debug.Assert says nothing and goes on; every one is a line of its own.
+        tests = re.sub(
+            r"\bDebug\.Assert\((.*)\);$", r"if (!(\1)) throw null;", row["tests"], flags=re.M
+        )
+        return run_program(program + tests, self._language, TIMEOUT_S, patience)
 
     def reference_problems(self) -> list[Problem]:
         """Those with a known solution: in the infilling file, for Java, JavaScript and Python."""
@@ -104,7 +110,9 @@ class MultiplE(Task):
         return problem.row["prompt"] + completion
 
     def unavailable(self) -> str:
-        """The missing compiler or interpreter."""
+        """The missing compiler, interpreter or library."""
+        if self._language == "java" and not Path(JAVATUPLES).exists():
+            return f"java needs {JAVATUPLES} (Debian: libjavatuples-java), which is not installed"
         return missing_toolchain(self._language)
 
 

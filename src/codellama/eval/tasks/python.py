@@ -50,6 +50,7 @@ _GUIDES = ("Read from and write to standard IO", "Use the provided function sign
 DS1000_STOPS = ("</code>", "# SOLUTION END", "END SOLUTION")
 DS1000_TIMEOUT_S = 60.0
 DS1000_MODULES = ("numpy", "pandas", "scipy", "sklearn", "matplotlib")
+DS1000_LARGE = {"Pytorch": ("torch",), "Tensorflow": ("tensorflow",)}
 _DS1000_ASK = "Answer with only the missing code, in one block.\n\n{prompt}"
 
 
@@ -201,7 +202,7 @@ def _text(value: Any) -> str:
 
 
 class Ds1000(Task):
-    """Data science: of 1,000 problems the 887 that need neither PyTorch nor TensorFlow.
+    """Data science with seven libraries, 1,000 problems; those of missing large ones go unjudged.
 
     The tests hold the program that the answer becomes part of, and share its process, because they
     compare frames and figures; some also look for what the answer must use.
@@ -212,16 +213,15 @@ class Ds1000(Task):
     id_form = "DS-1000/{metadata[problem_id]}"
     group_form = "{metadata[library]}"
     reference_field = "reference_code"
-    protocol = "completion; without PyTorch and TensorFlow; tests share the answer's process"
+    protocol = "completion; tests share the answer's process, as published"
     runs_programs = True
 
-    def is_asked(self, problem: Problem) -> bool:
-        """Those of libraries that are small enough to be at hand."""
-        return problem.group not in ("Pytorch", "Tensorflow")
-
     def reference_problems(self) -> list[Problem]:
-        """The same."""
-        return self.problems()
+        """Those that can be run here."""
+        return [p for p in self.problems() if not self._missing(p)]
+
+    def _missing(self, problem: Problem) -> str:
+        return missing_modules(DS1000_LARGE.get(problem.group, ()))
 
     def prompt(self, problem: Problem) -> Prompt:
         """The question up to where the code begins."""
@@ -235,7 +235,9 @@ class Ds1000(Task):
         return cut(fenced_code(text) if self.setting.chat else text, DS1000_STOPS)
 
     def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
-        """Run the tests of the problem."""
+        """Run the tests of the problem, where its library is installed."""
+        if reason := self._missing(problem):
+            return Verdict("unjudged", {}, reason)
         context = problem.row["code_context"]
         calls = f"\nanswer = {completion!r}\ntest_execution(answer)\n"
         if "def test_string(" in context:
