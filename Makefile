@@ -23,7 +23,7 @@ speedrun: .venv/ready  ## from raw source code to a trained tiny model, about tw
 	$(BIN)/codellama run recipes/tiny.toml
 
 bench: .venv/ready-dev  ## speed beside other implementations; half an hour on an idle machine
-	for name in train_step decode engine_guesses engine_long_context sandbox serve; do \
+	for name in train_step generate engine_guesses engine_long_context sandbox serve; do \
 		$(BIN)/codellama bench $$name || exit 1; done
 
 docs: .venv/ready-dev  ## regenerate docs/cli.md

@@ -42,6 +42,7 @@ LAYERS: dict[str, set[str]] = {
     "selfinstruct": {"eval", "engine", "sandbox", "data", "tokenizer", "artifact"}
     | {"recipe", "recipe_selfinstruct"},
     "serve": {"engine", "tokenizer", "recipe", "artifact"},
+    "bulk": {"engine", "eval"},
     # what people see
     "conversation": {"engine", "tokenizer", "terminal"},
     "demo": {"engine", "tokenizer", "terminal"},

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from codellama.model.config import MODELS, ModelConfig
-from codellama.model.source import DTYPES, LOAD_DTYPES, check_tensors
+from codellama.model.source import LOAD_DTYPES, check_tensors, stored_shapes
 from codellama.tokenizer.variants import VARIANTS
 from codellama.weights import load_tokenizer, named_variant, open_weights, same_shape
 
@@ -43,10 +44,7 @@ def describe(path: str | Path, variant: str | None = None) -> Description:
     config = weights.config
     precisions: Counter[str] = Counter()
     for stored in weights.tensors.values():
-        n_values = 1
-        for size in stored.shape:
-            n_values *= size
-        precisions[stored.precision] += n_values
+        precisions[stored.precision] += math.prod(stored.shape)
     hint = variant or named_variant(weights)
     contexts = _contexts(config)
     return Description(
@@ -91,18 +89,8 @@ def recognise(
 
 def weight_bytes(config: ModelConfig, dtype: str) -> int:
     """Memory of the weights when loaded as `dtype`."""
-    if dtype not in ("int8", "int4"):
-        return config.n_params * DTYPES[dtype].itemsize
-    matrices = config.n_block_matrix_params + config.vocab_size * config.hidden_size
-    kv_width = config.num_key_value_heads * config.head_dim
-    per_layer = 3 * config.hidden_size + 2 * kv_width + 2 * config.intermediate_size
-    n_scales = config.num_hidden_layers * per_layer + config.vocab_size
-    others = 2 * (config.n_params - matrices)
-    if dtype == "int8":
-        return matrices + others + 2 * n_scales
-    # Two weights a byte with a scale and a zero for 32 of them; the output projection in 8 bits.
-    head = config.vocab_size * (config.hidden_size + 2)
-    return config.n_block_matrix_params * 5 // 8 + head + others
+    tensors = stored_shapes(config, dtype).values()
+    return sum(math.prod(shape) * stored.itemsize for shape, stored in tensors)
 
 
 def _cache_bytes(config: ModelConfig, dtype: str, context: int) -> int:

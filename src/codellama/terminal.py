@@ -186,13 +186,14 @@ class MarkdownView:
 
 
 @contextmanager
-def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that takes bytes done and bytes in all, shown as a bar on a terminal."""
+def byte_progress(what: str, in_bytes: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that takes bytes (or things) done and in all, for a bar on a terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import DownloadColumn, MofNCompleteColumn, Progress, TransferSpeedColumn
 
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    more = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
+    columns = *Progress.get_default_columns(), *more
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

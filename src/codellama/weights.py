@@ -19,7 +19,7 @@ from codellama.model.convert import Progress, Reader, write_gguf_file, write_hf,
 from codellama.model.gguf import open_gguf
 from codellama.model.hub import download, is_hub_name
 from codellama.model.meta import PARAMS_FILE, open_meta
-from codellama.model.source import Weights, build_model
+from codellama.model.source import QUANTIZED, Weights, build_model
 from codellama.model.transformer import Transformer
 from codellama.tokenizer import Tokenizer
 from codellama.tokenizer.gguf_vocabulary import from_gguf, to_gguf
@@ -153,7 +153,8 @@ def convert(
         to: "hf", "meta" or "gguf".
         dtype: "bfloat16", "float16" or "float32"; None keeps the type of the matrices (bfloat16
             where they are quantised).
-        quantize: "q8_0" or "q4_0", for GGUF.
+        quantize: "q8_0" or "q4_0" for GGUF; "int8" or "int4" for a Hugging Face folder, which then
+            only this package reads.
         n_shards: for Meta, 1, 2, 4 or 8.
         progress: called with the bytes done and the bytes in all.
 
@@ -165,7 +166,7 @@ def convert(
     if to not in FORMATS:
         raise ValueError(f"to = {to!r}: expected one of {', '.join(FORMATS)}")
     for option, given, only in (
-        ("quantize", quantize, "gguf"),
+        ("quantize", quantize and (to != "hf" or quantize not in QUANTIZED), "gguf"),
         ("n_shards", n_shards != 1, "meta"),
     ):
         if given and to != only:
@@ -197,7 +198,7 @@ def convert(
 
     if to == "hf":
         eos: Any = 2 if tokenizer.step_id is None else [2, tokenizer.step_id]
-        write_hf(reader, dst, write_tokenizer, max_shard_bytes, eos)
+        write_hf(reader, dst, write_tokenizer, max_shard_bytes, eos, quantize)
     else:
         facts = {"chat_format": tokenizer.chat_format, "infilling": tokenizer.supports_infilling}
         write_meta(reader, dst, n_shards, write_tokenizer, **facts)

@@ -1,7 +1,9 @@
 """What a request may change about the model's choice: schemas, penalties, biases, min_p."""
 
+import asyncio
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -101,6 +103,50 @@ def test_infilling_and_any_object(shipped):
     assert (cut.finish_reason, len(cut.token_ids)) == ("length", 7)
 
 
+@pytest.mark.parametrize(
+    "regex", [r"[a-f]{3}-[0-9]{2}", r"(yes|no)( maybe)*!", r"\d{4}-\d\d-\d\d", "é+☺"]
+)
+def test_every_completion_matches_its_regex(regex, shipped):
+    results = shipped.complete(
+        ["# ", "x = "], SamplingParams(60, temperature=1.2, seed=1, n=4, regex=regex)
+    )
+    assert {r.finish_reason for r in results} <= {"stop", "length"}
+    whole = [r.text for r in results if r.finish_reason == "stop"]
+    assert whole
+    assert all(re.fullmatch(regex, text) for text in whole)
+
+
+def test_an_event_loop_goes_on_while_a_grammar_is_compiled(shipped, monkeypatch):
+    """Another stream's pieces, and a clock, while compiling takes half a second."""
+    from codellama.engine import grammar
+
+    compiled = grammar._compiled
+
+    def slowly(*args):
+        time.sleep(0.5)
+        return compiled(*args)
+
+    monkeypatch.setattr(grammar, "_compiled", slowly)
+    gaps = []
+
+    async def tick():
+        while True:
+            begin = time.perf_counter()
+            await asyncio.sleep(0.01)
+            gaps.append(time.perf_counter() - begin)
+
+    async def ask():
+        clock = asyncio.ensure_future(tick())
+        params = SamplingParams(8, regex="[0-9]{4}")
+        text = "".join([p.text async for p in shipped.pieces([1, 300], params, (2,))])
+        clock.cancel()
+        return text
+
+    assert re.fullmatch("[0-9]{4}", asyncio.run(ask()))
+    assert len(gaps) > 10
+    assert max(gaps) < 0.4
+
+
 CHANGES = [
     {"repetition_penalty": 1.3},
     {"presence_penalty": 0.7, "frequency_penalty": 0.4},
@@ -108,8 +154,8 @@ CHANGES = [
     {"logit_bias": ((9, 5.0), (300, -100.0))},
     {"schema": json.dumps(SCHEMAS["points"][0])},
     {"schema": json.dumps(SCHEMAS["text"][0]), "repetition_penalty": 1.1},
+    {"regex": "[a-z]+(, [a-z]+)*"},
     {},
-    {"presence_penalty": 2.0, "logit_bias": ((5, 3),)},
 ]
 
 
@@ -169,6 +215,7 @@ def test_seeds_reproduce_in_any_company(long_model, small_tokenizer):
         ),
         ([5], {"schema": '{"not": {}}'}, 'schema .*Unimplemented keys: ."not".'),
         ([5], {"schema": '{"$ref": "#/nope"}'}, "schema .*nope"),
+        ([5], {"regex": "(a"}, r"regex '\(a': not a regular expression that can be kept to"),
         ([5], {"logit_bias": ((10**6, 1.0),)}, r"token id 1000000: expected one in \[0, "),
         ([5, -1], {}, "token id -1: expected one"),
     ],
@@ -179,3 +226,32 @@ def test_what_cannot_be_done_is_refused(prompt, changes, message, long_model, sm
         engine.complete([prompt], SamplingParams(**changes))
     with pytest.raises(ValueError, match="token id 99999: expected"):
         engine.score([[1, 99999]])
+
+
+def test_best_of_gives_the_likeliest(long_model, small_tokenizer):
+    prompt = prompts(small_tokenizer.vocab_size)[1]
+    engine = Engine.of(long_model, small_tokenizer)
+    drawn = SamplingParams(10, temperature=1.0, seed=3, n=8, logprobs=True)
+    results = engine.complete([prompt], drawn)
+    ranked = sorted(results, key=lambda r: -sum(r.logprobs) / max(1, len(r.token_ids)))
+    params = SamplingParams(10, temperature=1.0, seed=3, n=2, best_of=8)
+    best = engine.complete([prompt, [7]], params)
+    assert len(best) == 4
+    assert [r.token_ids for r in best[:2]] == [r.token_ids for r in ranked[:2]]
+    assert best[0].logprobs is None
+    with pytest.raises(ValueError, match="best_of = 1: expected n = 2 or more"):
+        SamplingParams(n=2, best_of=1)
+    with pytest.raises(ValueError, match="best_of: which texts"):
+        engine.complete([prompt], params, on_text=print)
+
+
+def test_log_probabilities_of_the_prompt(long_model, small_tokenizer):
+    prompt = prompts(small_tokenizer.vocab_size)[2]
+    engine = Engine.of(long_model, small_tokenizer)
+    [result, other] = engine.complete([prompt], SamplingParams(3, n=2, prompt_logprobs=True))
+    exact = long_model(torch.tensor([prompt]))[0, :-1].log_softmax(-1)
+    exact = exact.gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+    assert result.prompt_logprobs == pytest.approx(exact, abs=1e-3)
+    assert other.prompt_logprobs == result.prompt_logprobs
+    [plain] = engine.complete([prompt], SamplingParams(3))
+    assert plain.prompt_logprobs is None

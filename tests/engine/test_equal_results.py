@@ -1,18 +1,19 @@
 """However the work is cut, reused, guessed or repeated, the tokens are those of the reference."""
 
+from functools import partial
 from itertools import accumulate
 
 import pytest
 import torch
+from rounding import multiplied
 
 from codellama.engine import Engine, SamplingParams
 from codellama.engine.cache import Span
 from codellama.engine.generator import Ask
-from codellama.engine.native import packs_as_expected
 from codellama.engine.reference import generate_greedy
 from codellama.engine.runner import Runner
 from codellama.model.config import ModelConfig
-from codellama.model.quantize import quantized
+from codellama.model.quantize import Int4Linear, Int8Linear, quantized
 from codellama.model.transformer import Transformer
 
 N_TOKENS = 40
@@ -221,8 +222,6 @@ def test_rows_of_the_compiled_step_do_not_depend_on_each_other(dtype, long_model
 @pytest.mark.parametrize("precision", ["plain", "int8", "int4"])
 def test_the_compiled_step_computes_what_the_modules_do(dtype, cache_dtype, precision):
     """With widths that are no multiple of a vector, blocks out of order, several sequences."""
-    if precision == "int4" and not packs_as_expected():
-        pytest.skip("PyTorch packs int4 for AVX-512 only as the step reads it")
     sizes = (96, 3, 4, 2, 160, 67) if precision == "int4" else (88, 3, 4, 2, 56, 67)
     config = ModelConfig(*sizes, rope_theta=1e4, initializer_range=0.2)
     model = Transformer(config)
@@ -237,16 +236,24 @@ def test_the_compiled_step_computes_what_the_modules_do(dtype, cache_dtype, prec
     steps = [
         (tokens[:25], [Span([3, 1, 7], 0, 20), Span([2], 0, 5)], [19, 24]),
         (tokens[25:], [Span([3, 1, 7], 20, 21), Span([2], 5, 9), Span([5], 0, 1)], [0, 2, 4, 5]),
+        (tokens[:3], [Span([3, 1, 7], 21, 22), Span([2], 9, 11)], [0, 1, 2]),
+        (tokens[:1], [Span([3, 1, 7], 22, 23)], [0]),
     ]
     runners = [Runner(model, 8, 16, cache_dtype, native) for native in (True, False)]
     if runners[0]._native is None:
         pytest.skip("no C++ compiler")
+    for module in model.modules():
+        if isinstance(module, (Int8Linear, Int4Linear)):
+            module.multiply = partial(multiplied, module)
     for step in steps:
         with torch.inference_mode():
             compiled, plain = (runner.logits(*step) for runner in runners)
-        tolerance = 1e-4 if dtype == torch.float32 else 0.06 * float(plain.abs().max())
+        tolerance = 1e-4 if dtype == torch.float32 and precision == "plain" else 0.06
+        tolerance *= 1 if tolerance < 0.01 else float(plain.abs().max())
         torch.testing.assert_close(compiled, plain, atol=tolerance, rtol=1e-4)
-        assert (compiled - plain).std() < 0.04 * plain.std()  # the rounding of bfloat16
+        # The rounding of bfloat16; beside integers, a few inputs are rounded the other way.
+        share = 0.01 if dtype == torch.float32 else 0.04 if precision == "plain" else 0.06
+        assert (compiled - plain).std() < share * plain.std()
 
 
 def test_models_that_the_step_does_not_know_run_through_the_modules(long_model, small_tokenizer):

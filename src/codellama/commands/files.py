@@ -28,7 +28,9 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32; as it is by default.")
     ] = None,
-    quantize: Annotated[str | None, typer.Option(help="q8_0 or q4_0, for GGUF.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="q8_0 or q4_0 (GGUF), int8 or int4 (hf).")
+    ] = None,
     shards: Annotated[int, typer.Option(min=1, help="Model-parallel files, for Meta.")] = 1,
     variant: Annotated[
         str | None,
@@ -76,6 +78,10 @@ def inspect(
 
     if not others:
         facts = inspect_path(path)
+        if any(Path(path).glob("train-*.parquet")):
+            from codellama.data.corpus import random_documents
+
+            facts["random_documents"] = random_documents(Path(path))
         print(json.dumps(facts) if as_json else as_lines(facts))
         return
     from codellama.train.metrics import draw_comparison

@@ -49,10 +49,33 @@ def complete(
     as_json: Json = False,
     device: Device = "cpu",
     dtype: Dtype = Precision.BFLOAT16,
+    prompts: Annotated[
+        Path | None, existing_file('Instead of a prompt, JSON lines of {"prompt": text}.')
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The JSON lines to write; goes on with what is there.")
+    ] = None,
 ) -> None:
     """Continue a text. A terminal shows prompt and text; a pipe gets the new text alone."""
-    text = terminal.read_text(prompt)
+    if (prompts is None) != (out is None):
+        raise typer.BadParameter("--prompts and --out belong together")
+    text = "" if prompts else terminal.read_text(prompt)
     params = _params(max_tokens, temperature, top_p, top_k, seed, n, stop, as_json)
+    if prompts is not None and out is not None:
+        from codellama.bulk import complete_into
+        from codellama.engine.endpoint import Endpoint
+        from codellama.eval.rows import read_rows
+
+        if (model or "").startswith("http"):
+            engine = Endpoint((model or "").split(","))
+        else:
+            engine = _engine(model, device, dtype)
+        wanted = [row.get("prompt") for row in read_rows(prompts)]
+        if not all(isinstance(text, str) for text in wanted):
+            raise ValueError(f'{prompts}: expected lines of {{"prompt": "..."}}')
+        with terminal.byte_progress("prompts", in_bytes=False) as progress:
+            complete_into(out, engine, wanted, params, progress)
+        return
     engine = _engine(model, device, dtype)
     begin = time.perf_counter()
     if as_json:

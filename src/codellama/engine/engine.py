@@ -180,7 +180,10 @@ class Engine(Generator):
         """
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-        sequence = self._sequence(Ask(prompt, stop_ids, params=params))
+        ask = Ask(prompt, stop_ids, params=params)
+        # Compiling a grammar may take long enough for others in the loop to notice.
+        is_slow = params.has_grammar
+        sequence = await asyncio.to_thread(self._sequence, ask) if is_slow else self._sequence(ask)
         is_told = False
 
         def tell() -> None:  # under the batcher's lock, for which the loop must not wait
@@ -231,14 +234,14 @@ class Engine(Generator):
     def _sequence(self, ask: Ask) -> Running:
         prompt: Any = ask.prompt
         params = ask.params
-        if params.n != 1:
-            raise ValueError("n > 1 comes from `complete`, `infill` and `chat` only")
+        if params.n != 1 or params.best_of is not None:
+            raise ValueError("n > 1 and best_of come from `complete`, `infill` and `chat` only")
         self._check_ids([*prompt, *(token for token, _ in params.logit_bias)])
         matcher = None
-        if params.schema is not None:
+        if params.has_grammar:
             from codellama.engine.grammar import matcher_of
 
-            matcher = matcher_of(self.tokenizer, params.schema)
+            matcher = matcher_of(self.tokenizer, params)
         seed = secrets.randbits(48) if params.seed is None else params.seed
         return Running(
             self.tokenizer, prompt, params, ask.stop_ids, self.max_context, seed, matcher

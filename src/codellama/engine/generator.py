@@ -157,21 +157,60 @@ class Generator:
     def _generate(
         self, asks: Sequence[Ask], params: Params | None, on_text: OnText | None
     ) -> list[Completion]:
+        results = dict(self._as_they_end(asks, params, on_text))
+        return [completion for number in range(len(asks)) for completion in results[number]]
+
+    def as_they_end(
+        self, prompts: Sequence[Prompt], params: Params | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """As `complete`, but each prompt's number with its results when the last of them ends."""
+        return self._as_they_end(list(map(self._continuation, prompts)), params, None)
+
+    def _as_they_end(
+        self, asks: Sequence[Ask], params: Params | None, on_text: OnText | None
+    ) -> Iterator[tuple[int, list[Completion]]]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(asks)
         if len(params) != len(asks):
             raise ValueError(f"{len(params)} sampling params for {len(asks)} prompts")
-        asks = [
-            replace(ask, params=each)
-            for ask, settings in zip(asks, params, strict=True)
+        if on_text and any(settings.best_of for settings in params):
+            raise ValueError("best_of: which texts are given shows at the end only")
+        texts = [
+            (number, replace(ask, params=each))
+            for number, (ask, settings) in enumerate(zip(asks, params, strict=True))
             for each in settings.split()
         ]
-        parts: list[list[Piece]] = [[] for _ in asks]
-        for number, piece in self._run(asks, on_text is not None):
-            parts[number].append(piece)
+        parts: list[list[Piece]] = [[] for _ in texts]
+        places: list[list[int]] = [[] for _ in asks]
+        for place, (number, _) in enumerate(texts):
+            places[number].append(place)
+        n_left = [len(own) for own in places]
+        for place, piece in self._run([ask for _, ask in texts], on_text is not None):
+            parts[place].append(piece)
             if on_text and piece.text:
-                on_text(number, piece.text)
-        return [_joined(ask, pieces) for ask, pieces in zip(asks, parts, strict=True)]
+                on_text(place, piece.text)
+            number = texts[place][0]
+            n_left[number] -= piece.finish_reason is not None
+            if piece.finish_reason is not None and not n_left[number]:
+                found = [_joined(texts[own][1], parts[own]) for own in places[number]]
+                yield number, self._chosen(asks[number], params[number], found)
+
+    def _chosen(
+        self, ask: Ask, params: SamplingParams, found: list[Completion]
+    ) -> list[Completion]:
+        """What a caller gets of the texts that were written for a prompt."""
+        if params.best_of is not None:
+            found = sorted(found, key=_mean_logprob, reverse=True)[: params.n]
+            if not params.logprobs:
+                found = [replace(completion, logprobs=None) for completion in found]
+        if params.prompt_logprobs:
+            scores = tuple(self.score([ask.prompt])[0])  # type: ignore[arg-type]
+            found = [replace(completion, prompt_logprobs=scores) for completion in found]
+        return found
+
+    def score(self, prompts: Sequence[Prompt]) -> list[list[float]]:
+        """Log-probabilities of given texts, one for each token after the first."""
+        raise NotImplementedError
 
     def _stream(self, ask: Ask, params: SamplingParams | None) -> Iterator[str]:
         for _, piece in self._run([replace(ask, params=params or SamplingParams())], True):
@@ -189,3 +228,7 @@ def _joined(ask: Ask, pieces: Sequence[Piece]) -> Completion:
         0 if isinstance(ask.prompt, str) else len(ask.prompt),
         tuple(row for piece in pieces for row in piece.top_logprobs) if top else None,
     )
+
+
+def _mean_logprob(completion: Completion) -> float:
+    return sum(completion.logprobs or ()) / max(1, len(completion.token_ids))

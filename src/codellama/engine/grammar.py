@@ -1,7 +1,7 @@
-"""Grammars: which tokens may come next so that a text conforms to a JSON schema.
+"""Grammars: which tokens may come next so that a text conforms to a JSON schema or an expression.
 
-llguidance does the work, over the bytes of our vocabulary. A schema is compiled once and copied for
-each sequence. Between values stands what `json.dumps` writes and nothing else, so that a small
+llguidance does the work, over the bytes of our vocabulary. A grammar is compiled once and copied
+for each sequence. Between values stands what `json.dumps` writes and nothing else, so that a small
 model cannot fill its answer with spaces.
 """
 
@@ -12,6 +12,7 @@ import json
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
+from codellama.engine.sampling import SamplingParams
 from codellama.tokenizer import Tokenizer
 
 
@@ -36,23 +37,30 @@ def _vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(tokenizer: Tokenizer, schema: str) -> LLMatcher:
-    grammar = LLMatcher.grammar_from_json_schema(
-        json.loads(schema) or {"type": "object"},
-        overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
-    )
+def _compiled(tokenizer: Tokenizer, schema: str | None, regex: str | None) -> LLMatcher:
+    if schema is None:
+        grammar = LLMatcher.grammar_from_regex(regex or "")
+    else:
+        grammar = LLMatcher.grammar_from_json_schema(
+            json.loads(schema) or {"type": "object"},
+            overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+        )
     limits = LLParserLimits(verbose_errors=False)
     matcher = LLMatcher(_vocabulary(tokenizer), grammar, log_level=0, limits=limits)
     if matcher.is_error():
         reason = " ".join(matcher.get_error().split())[:200]
-        raise ValueError(f"schema {schema[:80]!r}: not a JSON schema that can be kept to: {reason}")
+        what = ("regex", regex) if schema is None else ("schema", schema)
+        kind = "regular expression" if schema is None else "JSON schema"
+        raise ValueError(
+            f"{what[0]} {str(what[1])[:80]!r}: not a {kind} that can be kept to: {reason}"
+        )
     return matcher
 
 
-def matcher_of(tokenizer: Tokenizer, schema: str) -> LLMatcher:
-    """A matcher at the beginning of a text that is to conform to a schema.
+def matcher_of(tokenizer: Tokenizer, params: SamplingParams) -> LLMatcher:
+    """A matcher at the beginning of a text that is to conform to a schema or an expression.
 
     Raises:
-        ValueError: the schema is wrong, or has a keyword that is not supported; names it.
+        ValueError: it is wrong, or has something that is not supported; names it.
     """
-    return _compiled(tokenizer, schema).deep_copy()
+    return _compiled(tokenizer, params.schema, params.regex).deep_copy()

@@ -1,8 +1,9 @@
-"""The compiled step: one C++ call for one pass of a few tokens, where a compiler exists.
+"""What runs as C++ where a compiler exists: a pass of a few tokens in one call, and the products of
+many tokens with matrices of integers.
 
-`step.cpp` is built on first use, in about two seconds, and kept in the user's cache folder under a
-name that tells the source, the compiler and the processor. Without a compiler, or for a model that
-it does not know, the engine runs the same pass through PyTorch.
+`step.cpp` is built on first use, in a few seconds, and kept in the user's cache folder under a name
+that tells the source, the compiler and the processor. Without a compiler, or for a model that it
+does not know, the engine runs the same pass through PyTorch.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from codellama.model.quantize import Int4Linear, Int8Linear
 from codellama.model.transformer import Block, Transformer
 
 SOURCE = Path(__file__).with_name("step.cpp")
+HEADER = Path(__file__).with_name("integers.h")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-fopenmp")
 MAX_ROWS = 32  # with more tokens in a pass, the matrix units behind PyTorch are faster
+FEW_ROWS = 4  # up to here the step does without tiles too
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 INT4 = 3
 _log = logging.getLogger(__name__)
@@ -44,7 +47,6 @@ class _Matrix(ctypes.Structure):
         ("n_in", c_int64),
         ("kind", c_int64),
         ("group", c_int64),
-        ("n_packed", c_int64),
     ]
 
 
@@ -98,7 +100,7 @@ class NativeStep:
             layer.output_norm = self._pointer(block.post_attention_layernorm.weight)
             for owner in (block.self_attn, block.mlp):
                 for name, module in owner.named_children():
-                    setattr(layer, name.removesuffix("_proj"), self._matrix(module))
+                    setattr(layer, name.removesuffix("_proj"), self._hold(module))
         pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
         frequencies = 1.0 / config.rope_theta ** (pairs / config.head_dim)
         keys, values = cache.keys, cache.values
@@ -114,7 +116,7 @@ class NativeStep:
             self._pointer(frequencies),
             self._pointer(model.model.embed_tokens.weight),
             self._pointer(model.model.norm.weight),
-            self._matrix(model.lm_head),
+            self._hold(model.lm_head),
             layers,
             self._pointer(keys),
             self._pointer(values),
@@ -175,16 +177,41 @@ class NativeStep:
         self._held.append(tensor)
         return tensor.data_ptr()
 
-    def _matrix(self, module: nn.Module) -> _Matrix:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        pointer = self._pointer(weight)
-        if isinstance(module, Int4Linear):
-            scales = self._pointer(module.scales_and_zeros)
-            sizes = module.out_features, module.in_features, INT4, module.group, weight.shape[0]
-            return _Matrix(pointer, scales, *sizes)
-        scale = self._pointer(module.scale) if isinstance(module, Int8Linear) else None
-        return _Matrix(pointer, scale, *weight.shape, _KINDS[weight.dtype], 0, 0)
+    def _hold(self, module: nn.Module) -> _Matrix:
+        self._held.append(module)
+        return _matrix(module)
+
+
+def _matrix(module: nn.Module) -> _Matrix:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(module, Int4Linear):
+        sizes = module.out_features, module.in_features, INT4, module.group
+        return _Matrix(weight.data_ptr(), module.scales.data_ptr(), *sizes)
+    scale = module.scale.data_ptr() if isinstance(module, Int8Linear) else None
+    return _Matrix(weight.data_ptr(), scale, *weight.shape, _KINDS[weight.dtype], 0)
+
+
+def attach(model: Transformer, is_wanted: bool) -> None:
+    """Give the matrices of integers the compiled product of many rows, or take it from them."""
+    found = (
+        library() if is_wanted and model.model.embed_tokens.weight.device.type == "cpu" else None
+    )
+    for module in model.modules():
+        if isinstance(module, (Int8Linear, Int4Linear)):
+            module.multiply = None if found is None else functools.partial(_multiply, found, module)
+
+
+def _multiply(found: ctypes.CDLL, module: Int8Linear | Int4Linear, x: Tensor) -> Tensor | None:
+    """x: [N, inputs] -> [N, outputs]; None for few rows, without tiles, or for other types."""
+    is_other = isinstance(module, Int8Linear) and module.scale.dtype != x.dtype
+    if is_other or x.dtype not in (torch.float32, torch.bfloat16) or len(x) <= FEW_ROWS:
+        return None
+    x, out = x.contiguous(), x.new_empty(len(x), module.out_features)
+    sizes = c_int64(_KINDS[x.dtype]), c_void_p(x.data_ptr()), c_int64(len(x))
+    matrix, n_threads = _matrix(module), c_int(torch.get_num_threads())
+    is_done = found.codellama_multiply(byref(matrix), *sizes, c_void_p(out.data_ptr()), n_threads)
+    return out if is_done else None
 
 
 def _is_known(module: nn.Module, dtype: torch.dtype) -> bool:
@@ -192,24 +219,10 @@ def _is_known(module: nn.Module, dtype: torch.dtype) -> bool:
     if type(module) is Int8Linear:
         return module.scale.dtype == dtype and module.weight.is_contiguous()
     if type(module) is Int4Linear:
-        return module.scales_and_zeros.dtype == dtype and packs_as_expected()
+        return True
     if type(module) is not nn.Linear or module.bias is not None or module._forward_hooks:
         return False
     return module.weight.dtype == dtype and module.weight.is_contiguous()
-
-
-@functools.cache
-def packs_as_expected() -> bool:
-    """Whether this PyTorch on this processor packs int4 in the order that the step reads."""
-    integers = torch.arange(80 * 2, dtype=torch.int32).view(80, 2) * 7 % 16
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1).flatten().tolist()
-    columns = integers[:64].T.tolist()
-    expected: list[int] = []
-    for c in columns:
-        expected += [c[32 + i] << 4 | c[i] for i in range(32)]
-    for c in integers[64:].T.tolist():
-        expected += [c[i + 1] << 4 | c[i] for i in range(0, 16, 2)]
-    return packed == expected
 
 
 @functools.cache
@@ -223,7 +236,9 @@ def library() -> ctypes.CDLL | None:
         path = _cached_path(compiler)
         if not path.exists():
             _build(compiler, path)
-        return ctypes.CDLL(str(path))
+        found = ctypes.CDLL(str(path))
+        found.codellama_multiply.restype = ctypes.c_bool
+        return found
     except (OSError, subprocess.SubprocessError) as error:
         _log.warning("%s cannot be built, decoding will be slower: %s", SOURCE.name, error)
         return None
@@ -237,7 +252,13 @@ def _cached_path(compiler: str) -> Path:
         lines = cpuinfo.read_text().splitlines()
         processor += next((line for line in lines if line.startswith(("flags", "Features"))), "")
     key = hashlib.sha256()
-    for part in (SOURCE.read_bytes(), version, processor.encode(), " ".join(FLAGS).encode()):
+    for part in (
+        SOURCE.read_bytes(),
+        HEADER.read_bytes(),
+        version,
+        processor.encode(),
+        " ".join(FLAGS).encode(),
+    ):
         key.update(hashlib.sha256(part).digest())
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "codellama" / f"step-{key.hexdigest()[:24]}.so"

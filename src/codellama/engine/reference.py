@@ -28,7 +28,7 @@ def generate_greedy(
     """Continue one prompt with the most likely token each time.
 
     Args:
-        params: penalties and biases to obey, and a schema, for which the tokenizer is needed.
+        params: penalties and biases to obey, and a grammar, for which the tokenizer is needed.
 
     Returns:
         Generated ids without the stop id, and the natural log-probability of each.
@@ -39,8 +39,8 @@ def generate_greedy(
     for _ in range(max_tokens):
         logits = model(torch.tensor([[*prompt, *written]], device=device))[0, -1]
         changed = logits if params is None else change(logits, prompt, written, params)
-        if params is not None and params.schema is not None and tokenizer is not None:
-            matcher = matcher_of(tokenizer, params.schema)
+        if params is not None and params.has_grammar and tokenizer is not None:
+            matcher = matcher_of(tokenizer, params)
             matcher.consume_tokens(written)
             if matcher.is_stopped():
                 break

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codellama.engine.cache import PagedCache, Span
-from codellama.engine.native import MAX_ROWS, NativeStep
+from codellama.engine.native import MAX_ROWS, NativeStep, attach
 from codellama.engine.sequence import Sequence, TopLogprobs
 from codellama.model.attention import LENGTH_STEP, causal
 from codellama.model.transformer import Transformer
@@ -38,6 +38,7 @@ class Runner:
             model.config, n_blocks, block_tokens, weight.device, weight.dtype, cache_dtype
         )
         self._native = NativeStep.of(model, self.cache) if native else None
+        attach(model, native)
 
     @torch.inference_mode()
     def run(self, plan: Items[tuple[Sequence, int]]) -> list[Chosen | ValueError]:

@@ -35,8 +35,10 @@ class SamplingParams:
     Before that, a token that stands in prompt or text has a positive logit divided by
     repetition_penalty and a negative one multiplied; frequency_penalty is subtracted for each time
     it was generated and presence_penalty once; logit_bias adds to the logits of ids. schema, a JSON
-    schema as text, allows only what conforms to it; "{}" is any object. min_p drops tokens less
-    likely than that share of the most likely one, after temperature.
+    schema as text, allows only what conforms to it; "{}" is any object; regex, in its place, only
+    what matches as a whole. min_p drops tokens less likely than that share of the most likely one,
+    after temperature. best_of texts are written, of which the n with the highest log-probability a
+    token are given. prompt_logprobs asks for those of the prompt too.
 
     Raises:
         ValueError: a value outside its range; names it and the range.
@@ -58,6 +60,9 @@ class SamplingParams:
     top_logprobs: int = 0
     """So many of the most likely ids at each token, with their log-probabilities."""
     schema: str | None = None
+    regex: str | None = None
+    best_of: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -85,16 +90,23 @@ class SamplingParams:
                 is_object = False
             if not is_object:
                 raise ValueError(f"schema = {str(self.schema)[:80]!r}: expected a JSON object")
+        if self.regex is not None and (self.schema is not None or not isinstance(self.regex, str)):
+            raise ValueError(f"regex = {self.regex!r}: expected a text, and no schema beside it")
+        if self.best_of is not None and not (
+            _is_whole(self.best_of) and self.n <= self.best_of <= _WHOLE["n"][1]
+        ):
+            raise ValueError(f"best_of = {self.best_of!r}: expected n = {self.n} or more")
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop = {text!r}: expected texts that are not empty")
 
     def split(self) -> list[SamplingParams]:
-        """The settings of each of the n texts; each has a seed of its own."""
-        if self.n == 1:
+        """The settings of each text that is written; each has a seed of its own."""
+        n_written, logprobs = self.best_of or self.n, self.logprobs or self.best_of is not None
+        if n_written == 1:
             return [self]
-        seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
-        return [replace(self, n=1, seed=seed) for seed in seeds]
+        seeds = [None if self.seed is None else self.seed + i for i in range(n_written)]
+        return [replace(self, n=1, best_of=None, seed=s, logprobs=logprobs) for s in seeds]
 
     @property
     def has_penalties(self) -> bool:
@@ -105,7 +117,12 @@ class SamplingParams:
     @property
     def changes_logits(self) -> bool:
         """Whether anything but the model decides how likely a token is."""
-        return self.has_penalties or bool(self.logit_bias) or self.schema is not None
+        return self.has_penalties or bool(self.logit_bias) or self.has_grammar
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether only some texts are allowed."""
+        return self.schema is not None or self.regex is not None
 
 
 def _is_whole(value: object) -> bool:

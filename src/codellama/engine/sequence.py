@@ -38,6 +38,8 @@ class Completion:
     prompt_tokens: int = 0
     top_logprobs: tuple[TopLogprobs, ...] | None = None
     """The most likely ids at each token and their log-probabilities; only when asked for."""
+    prompt_logprobs: tuple[float, ...] | None = None
+    """Of each token of the prompt after the first; only when asked for."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Sequence(Job):
             if token not in self.stop_ids:
                 self.matcher.consume_token(token)
             if self.matcher.is_error():
-                self.fail(ValueError(f"schema: {self.matcher.get_error()[:200]}"))
+                self.fail(ValueError(f"grammar: {self.matcher.get_error()[:200]}"))
                 return ""
         if token in self.stop_ids:
             return self._finish("stop")

@@ -18,12 +18,13 @@
 #include <omp.h>
 #endif
 
+#include "integers.h"
+
 namespace {
 
 constexpr int kWidth = 16;    // values of one vector
 constexpr int kOutputs = 4;   // rows of a matrix read at a time: enough streams for the prefetcher
-constexpr int kRows = 4;      // tokens that share one reading of them
-constexpr int kPacked = 64;   // rows of an int4 matrix that lie together
+constexpr int kRows = 4;      // tokens that share one reading of them; more go through tiles
 
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
@@ -32,12 +33,6 @@ typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
 typedef int8_t Bytes __attribute__((vector_size(kWidth)));
 
 enum Kind : int64_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
-
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
 
 inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even
   uint32_t bits;
@@ -63,7 +58,7 @@ struct Stored<kFloat32> {
 template <>
 struct Stored<kBfloat16> {
   using Type = uint16_t;
-  static float one(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); }
+  static float one(uint16_t x) { return integers::widened(x); }
   static Floats many(const uint16_t* x) {
     Halves halves;
     std::memcpy(&halves, x, sizeof halves);
@@ -97,12 +92,6 @@ float load(const void* data, int64_t at, int64_t kind) {
 }  // namespace
 
 extern "C" {
-
-struct Matrix {  // [n_out, n_in]
-  const void* weights;
-  const void* scales;  // int8: [n_out]; int4: [n_in / group, n_packed, 2], scale and zero
-  int64_t n_out, n_in, kind, group, n_packed;
-};
 
 struct Layer {
   const void* input_norm;
@@ -144,6 +133,11 @@ struct Step {
   const Model& model;
   const Batch& batch;
   std::vector<float> x, normed, q, k, v, attended, gated, cosines, sines;
+  // What `round_row` makes of the inputs of a matrix.
+  std::vector<int8_t> inputs;
+  std::vector<float> input_scales, input_sums;
+  int64_t n_groups;
+  bool has_tiles = false;
 
   Step(const Model& model, const Batch& batch) : model(model), batch(batch) {
     const int64_t n = batch.n_rows, kv = model.n_kv_heads * model.head_width;
@@ -151,6 +145,13 @@ struct Step {
     k.resize(n * kv), v.resize(n * kv), attended.resize(n * model.width);
     gated.resize(n * model.ff_width);
     cosines.resize(n * model.head_width / 2), sines.resize(n * model.head_width / 2);
+    const int64_t widest = integers::padded(std::max(model.width, model.ff_width));
+    n_groups = widest / 32 + 16;  // sums are read 16 at a time
+    inputs.resize((n + 31) / 32 * 32 * widest);
+    input_scales.resize(n * n_groups), input_sums.resize(n * n_groups);
+#ifdef CODELLAMA_AMX
+    has_tiles = integers::allow_tiles();
+#endif
   }
 
   float rounded(float value) const {
@@ -200,81 +201,48 @@ struct Step {
     }
   }
 
-  // As PyTorch packs int4 for AVX-512: for 64 outputs and each input there are 32 bytes, of which
-  // byte i has outputs i and 32 + i. Where fewer than 64 are left, neighbours share a byte.
-  template <int n_rows>
-  void dot_int4(const Matrix& m, int64_t first, const float* x, float (&sums)[kRows][kPacked]) const {
-    const int n_block = static_cast<int>(std::min<int64_t>(kPacked, m.n_packed - first));
-    const auto* packed = static_cast<const uint8_t*>(m.weights) + first * m.n_in / 2;
-    for (int r = 0; r < n_rows; ++r) std::fill(sums[r], sums[r] + kPacked, 0.0f);
-    for (int64_t begin = 0; begin < m.n_in; begin += m.group) {
-      alignas(64) float parts[n_rows][kPacked];
-      float inputs[n_rows] = {};
-      if (n_block == kPacked) {
-        Floats wide[n_rows][4] = {};
-        for (int64_t at = begin; at < begin + m.group; ++at) {
-          Bytes bytes[2];
-          std::memcpy(bytes, packed + at * kPacked / 2, sizeof bytes);
-          const Floats weights[4] = {widened(bytes[0] & 15), widened(bytes[1] & 15),
-                                     widened((bytes[0] >> 4) & 15), widened((bytes[1] >> 4) & 15)};
-          for (int r = 0; r < n_rows; ++r) {
-            const float input = x[r * m.n_in + at];
-            inputs[r] += input;
-            for (int i = 0; i < 4; ++i) wide[r][i] += weights[i] * input;
-          }
-        }
-        std::memcpy(parts, wide, sizeof parts);
-      } else {
-        std::fill(parts[0], parts[0] + n_rows * kPacked, 0.0f);
-        for (int64_t at = begin; at < begin + m.group; ++at)
-          for (int r = 0; r < n_rows; ++r) {
-            const float input = x[r * m.n_in + at];
-            inputs[r] += input;
-            for (int i = 0; i < n_block; ++i) {
-              const int byte = packed[at * n_block / 2 + i / 2];
-              parts[r][i] += (i % 2 ? byte >> 4 : byte & 15) * input;
-            }
-          }
-      }
-      float scales[kPacked], zeros[kPacked];
-      const int64_t place = (begin / m.group * m.n_packed + first) * 2;
-      for (int i = 0; i < n_block; ++i) {
-        scales[i] = load(m.scales, place + 2 * i, model.kind);
-        zeros[i] = load(m.scales, place + 2 * i + 1, model.kind) - 8 * scales[i];
-      }
-      for (int r = 0; r < n_rows; ++r)
-        for (int i = 0; i < n_block; ++i)
-          sums[r][i] += parts[r][i] * scales[i] + zeros[i] * inputs[r];
-    }
+  // Whether a matrix is multiplied by tiles, of integers that the inputs are rounded to.
+  bool uses_tiles(const Matrix& m, int64_t n_rows) const {
+    return has_tiles && n_rows > kRows && (m.kind == kInt8 || m.kind == kInt4);
   }
 
-  static Floats widened(Bytes bytes) {
-    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+  // Rounds a row of x [n_rows, n_in] for the matrices that it goes through, where they need it.
+  void round_row(int64_t row, const float* x, int64_t n_rows, std::initializer_list<Matrix> through) {
+    const Matrix* m = through.begin();
+    while (m + 1 < through.end() && m->kind != kInt4) ++m;
+    const int64_t n_padded = integers::padded(m->n_in);
+#ifdef CODELLAMA_AMX
+    if (uses_tiles(*m, n_rows))
+      input_scales[row] = integers::round_token(x + row * m->n_in, m->n_in, row, inputs.data());
+    else
+#endif
+    if (m->kind == kInt4)
+      integers::round_groups(x + row * m->n_in, m->n_in, m->group, inputs.data() + row * n_padded,
+                             &input_scales[row * n_groups], &input_sums[row * n_groups]);
   }
 
   // Calls store(row, output, value) for one part of the outputs, of all rows of x [n_rows, n_in].
   template <class Store>
   void multiply(const Matrix& m, int64_t part, const float* x, int64_t n_rows, Store store) const {
+    const int64_t size = part_size(m, n_rows), first = part * size;
+    const int n_outputs = static_cast<int>(std::min(size, m.n_out - first));
+#ifdef CODELLAMA_AMX
+    if (uses_tiles(m, n_rows))
+      return integers::multiply_tiles(
+          m, m.kind == kInt4, first, n_outputs, inputs.data(), input_scales.data(), n_rows,
+          [&](int64_t output) { return load(m.scales, output, model.kind); },
+          [&](int64_t row, int64_t output, __m512 values, int n) {
+            const Floats found = (Floats)values;
+            for (int i = 0; i < n; ++i) store(row, output + i, rounded(found[i]));
+          });
+#endif
     for (int64_t row = 0; row < n_rows; row += kRows) {
       const int few = static_cast<int>(std::min<int64_t>(kRows, n_rows - row));
-      if (m.kind == kInt4) {
-        const int64_t first = part * kPacked;
-        float sums[kRows][kPacked];
-        const float* from = x + row * m.n_in;
-        if (few == 1) dot_int4<1>(m, first, from, sums);
-        else if (few == 2) dot_int4<2>(m, first, from, sums);
-        else if (few == 3) dot_int4<3>(m, first, from, sums);
-        else dot_int4<4>(m, first, from, sums);
-        for (int64_t o = 0; o < std::min<int64_t>(kPacked, m.n_out - first); ++o)
-          for (int r = 0; r < few; ++r) store(row + r, first + o, rounded(sums[r][o]));
-        continue;
-      }
-      const int64_t first = part * kOutputs;
-      const int n_outputs = static_cast<int>(std::min<int64_t>(kOutputs, m.n_out - first));
       float sums[kOutputs][kRows];
       if (m.kind == kFloat32) dot<kFloat32>(m, first, n_outputs, x + row * m.n_in, few, sums);
       else if (m.kind == kBfloat16) dot<kBfloat16>(m, first, n_outputs, x + row * m.n_in, few, sums);
-      else dot<kInt8>(m, first, n_outputs, x + row * m.n_in, few, sums);
+      else if (m.kind == kInt8) dot<kInt8>(m, first, n_outputs, x + row * m.n_in, few, sums);
+      else dot_int4(m, first, n_outputs, row, few, sums);
       for (int o = 0; o < n_outputs; ++o) {
         const float scale = m.kind == kInt8 ? load(m.scales, first + o, model.kind) : 1.0f;
         for (int r = 0; r < few; ++r) store(row + r, first + o, rounded(sums[o][r] * scale));
@@ -282,8 +250,28 @@ struct Step {
     }
   }
 
-  static int64_t n_parts(const Matrix& m) {
-    const int64_t size = m.kind == kInt4 ? kPacked : kOutputs;
+  void dot_int4(const Matrix& m, int64_t first, int n_outputs, int64_t row, int n_rows,
+                float (&sums)[kOutputs][kRows]) const {
+    const int8_t* x[kRows];
+    const float *scales[kRows], *groups[kRows];
+    for (int r = 0; r < n_rows; ++r) {
+      x[r] = inputs.data() + (row + r) * integers::padded(m.n_in);
+      scales[r] = &input_scales[(row + r) * n_groups], groups[r] = &input_sums[(row + r) * n_groups];
+    }
+    for (int o = 0; o < n_outputs; ++o) {
+      if (n_rows == 1) integers::dot_int4<1>(m, first + o, x, scales, groups, sums[o]);
+      else if (n_rows == 2) integers::dot_int4<2>(m, first + o, x, scales, groups, sums[o]);
+      else if (n_rows == 3) integers::dot_int4<3>(m, first + o, x, scales, groups, sums[o]);
+      else integers::dot_int4<4>(m, first + o, x, scales, groups, sums[o]);
+    }
+  }
+
+  int64_t part_size(const Matrix& m, int64_t n_rows) const {
+    return uses_tiles(m, n_rows) ? 32 : kOutputs;
+  }
+
+  int64_t n_parts(const Matrix& m, int64_t n_rows) const {
+    const int64_t size = part_size(m, n_rows);
     return (m.n_out + size - 1) / size;
   }
 
@@ -400,14 +388,17 @@ struct Step {
     const Layer& layer = model.layers[number];
     const int64_t n = batch.n_rows, kv = model.n_kv_heads * model.head_width;
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < n; ++row) normalise(row, layer.input_norm);
-    const int64_t n_q = n_parts(layer.q), n_kv = n_parts(layer.k);
+    for (int64_t row = 0; row < n; ++row) {
+      normalise(row, layer.input_norm);
+      round_row(row, normed.data(), n, {layer.q, layer.k, layer.v});
+    }
+    const int64_t n_q = n_parts(layer.q, n), n_k = n_parts(layer.k, n), n_v = n_parts(layer.v, n);
 #pragma omp for schedule(static)
-    for (int64_t part = 0; part < n_q + 2 * n_kv; ++part) {
-      const int which = part < n_q ? 0 : part < n_q + n_kv ? 1 : 2;
+    for (int64_t part = 0; part < n_q + n_k + n_v; ++part) {
+      const int which = part < n_q ? 0 : part < n_q + n_k ? 1 : 2;
       const Matrix& m = which == 0 ? layer.q : which == 1 ? layer.k : layer.v;
       float* to = which == 0 ? q.data() : which == 1 ? k.data() : v.data();
-      const int64_t own = which == 0 ? part : (part - n_q) % n_kv;
+      const int64_t own = which == 0 ? part : which == 1 ? part - n_q : part - n_q - n_k;
       multiply(m, own, normed.data(), n,
                [&](int64_t row, int64_t output, float value) { to[row * m.n_out + output] = value; });
     }
@@ -433,13 +424,20 @@ struct Step {
       float& to = x[row * model.width + output];
       to = rounded(to + value);
     };
+    if (layer.o.kind >= kInt8) {
 #pragma omp for schedule(static)
-    for (int64_t part = 0; part < n_parts(layer.o); ++part)
+      for (int64_t row = 0; row < n; ++row) round_row(row, attended.data(), n, {layer.o});
+    }
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < n_parts(layer.o, n); ++part)
       multiply(layer.o, part, attended.data(), n, add);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < n; ++row) normalise(row, layer.output_norm);
+    for (int64_t row = 0; row < n; ++row) {
+      normalise(row, layer.output_norm);
+      round_row(row, normed.data(), n, {layer.gate, layer.up});
+    }
 #pragma omp for schedule(static)
-    for (int64_t part = 0; part < n_parts(layer.gate); ++part) {
+    for (int64_t part = 0; part < n_parts(layer.gate, n); ++part) {
       const auto gate = [&](int64_t row, int64_t output, float value) {
         gated[row * model.ff_width + output] = rounded(value / (1 + std::exp(-value)));
       };
@@ -450,8 +448,12 @@ struct Step {
       multiply(layer.gate, part, normed.data(), n, gate);
       multiply(layer.up, part, normed.data(), n, up);
     }
+    if (layer.down.kind >= kInt8) {
 #pragma omp for schedule(static)
-    for (int64_t part = 0; part < n_parts(layer.down); ++part)
+      for (int64_t row = 0; row < n; ++row) round_row(row, gated.data(), n, {layer.down});
+    }
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < n_parts(layer.down, n); ++part)
       multiply(layer.down, part, gated.data(), n, add);
   }
 
@@ -460,6 +462,9 @@ struct Step {
 #pragma omp parallel num_threads(n_threads)
     {
       static thread_local std::vector<float> scores;
+#ifdef CODELLAMA_AMX
+      if (has_tiles) integers::configure_tiles();
+#endif
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < batch.n_rows; ++row) begin(row);
       for (int64_t layer = 0; layer < model.n_layers; ++layer) run_layer(layer, scores);
@@ -469,13 +474,17 @@ struct Step {
         normalise(batch.wanted[i], model.norm);
         const float* from = normed.data() + batch.wanted[i] * model.width;
         std::copy(from, from + model.width, q.data() + i * model.width);
+        round_row(i, q.data(), batch.n_wanted, {model.head});
       }
 #pragma omp for schedule(static)
-      for (int64_t part = 0; part < n_parts(model.head); ++part)
+      for (int64_t part = 0; part < n_parts(model.head, batch.n_wanted); ++part)
         multiply(model.head, part, q.data(), batch.n_wanted,
                  [&](int64_t row, int64_t output, float value) {
                    batch.logits[row * model.head.n_out + output] = value;
                  });
+#ifdef CODELLAMA_AMX
+      if (has_tiles) integers::release_tiles();
+#endif
     }
   }
 };
@@ -484,4 +493,45 @@ struct Step {
 
 extern "C" void codellama_step(const Model* model, const Batch* batch, int n_threads) {
   Step(*model, *batch).run(n_threads);
+}
+
+// The product of many rows of x [n_rows, n_in] with a matrix of integers, both in the model's type,
+// to out [n_rows, n_out]. False where there are no tiles.
+extern "C" bool codellama_multiply(const Matrix* m, int64_t kind, const void* x, int64_t n_rows,
+                                   void* out, int n_threads) {
+  (void)n_threads;
+#ifdef CODELLAMA_AMX
+  using namespace integers;
+  if (!allow_tiles()) return false;
+  std::vector<int8_t> tiles((n_rows + 31) / 32 * 32 * padded(m->n_in));
+  std::vector<float> scales(n_rows);
+#pragma omp parallel num_threads(n_threads)
+  {
+    static thread_local std::vector<float> row;
+    row.resize(m->n_in);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < n_rows; ++t) {
+      for (int64_t i = 0; i < m->n_in; ++i) row[i] = load(x, t * m->n_in + i, kind);
+      scales[t] = round_token(row.data(), m->n_in, t, tiles.data());
+    }
+    configure_tiles();
+#pragma omp for schedule(dynamic)
+    for (int64_t first = 0; first < m->n_out; first += kBlock)
+      multiply_tiles(
+          *m, m->kind == kInt4, first, std::min<int64_t>(kBlock, m->n_out - first), tiles.data(),
+          scales.data(), n_rows, [&](int64_t output) { return load(m->scales, output, kind); },
+          [&](int64_t token, int64_t output, __m512 values, int n) {
+            const int64_t at = token * m->n_out + output;
+            const __mmask16 some = (1u << n) - 1;
+            if (kind == kFloat32) return _mm512_mask_storeu_ps(static_cast<float*>(out) + at, some, values);
+            const Words bits = (Words)values;  // to nearest, ties to even; no product is infinite
+            const __m512i halves = (__m512i)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+            _mm512_mask_cvtepi32_storeu_epi16(static_cast<uint16_t*>(out) + at, some, halves);
+          });
+    release_tiles();
+  }
+  return true;
+#else
+  return false;
+#endif
 }

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from codellama.artifact import new_folder
 from codellama.model.config import ModelConfig
+from codellama.model.quantize import SCALES, Int4Linear, Int8Linear, restored
 from codellama.model.source import (
     DTYPES,
     Stored,
@@ -47,7 +48,13 @@ BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 # A table that old versions of Transformers saved; it follows from the configuration.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-_SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+SAFETENSORS_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 def save_checkpoint(
@@ -99,6 +106,7 @@ def write_json_files(
     shards: dict[str, list[str]],
     total_bytes: int,
     eos_ids: int | list[int] = 2,
+    **more: Any,
 ) -> None:
     """Write the index (of several files), config.json and generation_config.json."""
     if len(shards) > 1:
@@ -108,7 +116,7 @@ def write_json_files(
             "weight_map": dict(sorted(weight_map.items())),
         }
         _write_json(folder / INDEX_FILE, index)
-    _write_json(folder / "config.json", config.to_hf() | {"torch_dtype": dtype})
+    _write_json(folder / "config.json", config.to_hf() | {"torch_dtype": dtype} | more)
     _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": eos_ids})
 
 
@@ -172,12 +180,46 @@ def open_checkpoint(folder: str | Path) -> Weights:
             raise ValueError(f"{path}: tensor {sorted(twice)[0]!r} is in two files")
         tensors |= found
 
+    scales = _fold_scales(tensors, config)
+
+    def layer(name: str) -> Int8Linear | Int4Linear:
+        found, own = tensors[name], scales[name]
+        weight, scale = (
+            _read_tensor(Path(found.where), name),
+            _read_tensor(Path(own[1].where), own[0]),
+        )
+        try:
+            # Copies: aligned, and kernels for integers read beyond the end of a mapping.
+            return restored(weight.clone(), scale.clone(), found.shape[1])
+        except ValueError as error:
+            raise ValueError(f"{found.where}: tensor {name!r}: {error}") from None
+
     def read(name: str, dtype: torch.dtype | None) -> Tensor:
+        if name in scales:
+            return layer(name).dequantized(dtype or torch.bfloat16)
         tensor = mapped[name] if name in mapped else _read_tensor(Path(tensors[name].where), name)
         return tensor if dtype is None else tensor.to(dtype)
 
     kept = {name: stored for name, stored in tensors.items() if not _DERIVED.fullmatch(name)}
-    return Weights("hf", folder, config, kept, read, {})
+    return Weights("hf", folder, config, kept, read, {}, layer)
+
+
+def _fold_scales(tensors: dict[str, Stored], config: ModelConfig) -> dict[str, tuple[str, Stored]]:
+    """Take the scales out of the tensors, for each matrix of integers, which becomes a matrix."""
+    scales: dict[str, tuple[str, Stored]] = {}
+    for name, stored in list(tensors.items()):
+        if stored.dtype not in SCALES:
+            continue
+        own = name.removesuffix("weight") + SCALES[stored.dtype]
+        if own not in tensors or len(stored.shape) != 2:
+            raise ValueError(f"{stored.where}: tensor {name!r} holds integers but has no {own!r}")
+        scales[name] = own, tensors.pop(own)
+        n_in = config.intermediate_size if ".down_proj." in name else config.hidden_size
+        n_bytes = stored.n_bytes + scales[name][1].n_bytes
+        precision = "int8" if stored.dtype == torch.int8 else "int4"
+        shape = (stored.shape[0], n_in)
+        tensors[name] = Stored(shape, torch.bfloat16, precision, n_bytes, stored.where)
+    return scales
 
 
 def _describe(path: Path, name: str, tensor: Tensor) -> Stored:
@@ -194,7 +236,7 @@ def _read_directory(path: Path) -> dict[str, Stored]:
         with safe_open(path, framework="pt") as file:
             for name in sorted(file.keys()):
                 tensor = file.get_slice(name)
-                dtype = _SAFETENSORS_DTYPES.get(tensor.get_dtype())
+                dtype = SAFETENSORS_DTYPES.get(tensor.get_dtype())
                 if dtype is None:
                     raise ValueError(f"{path}: tensor {name!r} has type {tensor.get_dtype()}")
                 shape = tuple(tensor.get_shape())

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from codellama.artifact import new_folder, write_manifest
-from codellama.model.checkpoint import plan_shards, write_json_files
+from codellama.model.checkpoint import SAFETENSORS_DTYPES, plan_shards, write_json_files
 from codellama.model.gguf import to_gguf_name, write_config, write_gguf
 from codellama.model.gguf_blocks import BY_NAME, PLAIN, BlockFormat, quantize
 from codellama.model.meta import (
@@ -33,12 +33,15 @@ from codellama.model.meta import (
     to_meta_name,
     to_neighbours,
 )
+from codellama.model.quantize import Shaped
+from codellama.model.quantize import quantized as quantize_layer
 from codellama.model.source import (
     DTYPES,
     Weights,
     check_tensors,
     read_checked,
     short,
+    stored_shapes,
     tensor_shapes,
 )
 from codellama.model.torch_files import as_bytes, torch_file
@@ -46,7 +49,7 @@ from codellama.model.torch_files import as_bytes, torch_file
 QUANTIZED = {"q8_0": "Q8_0", "q4_0": "Q4_0"}
 # llama.cpp's number for the mixture of types in a file (general.file_type).
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
-_SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -85,33 +88,56 @@ def write_hf(
     write_more: Callable[[Path], None] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     eos_ids: int | list[int] = 2,
+    quantized: str | None = None,
 ) -> None:
     """Write a Hugging Face folder.
+
+    Args:
+        quantized: "int8" or "int4" for the matrices, which only this package reads.
 
     Raises:
         OSError: it cannot be written; what stood there before is untouched.
     """
-    shapes = tensor_shapes(reader.config)
-    dtype = reader.dtype
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    dtype = reader.dtype if quantized is None else torch.bfloat16
+    plan = stored_shapes(reader.config, quantized or short(dtype))
+    layers: dict[str, Tensor] = {}  # parts of one matrix
+
+    def contents(name: str) -> Tensor:
+        module = name.rpartition(".")[0]
+        if (
+            quantized is None
+            or f"{module}.weight" not in plan
+            or plan[f"{module}.weight"][1] == dtype
+        ):
+            return reader.read(name, dtype)
+        if name not in layers:
+            matrix = reader.read(f"{module}.weight", dtype)
+            state = quantize_layer(matrix, quantized, module == "lm_head").state_dict()
+            layers.clear()
+            layers.update({f"{module}.{key}": part for key, part in state.items()})
+        return layers[name]
+
+    sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in plan.items()}
     shards = plan_shards(sizes, max_shard_bytes)
     with _room(folder, sum(sizes.values())), new_folder(folder) as temporary:
         for filename, names in shards.items():
             names.sort()  # the order of the safetensors library: the same files, byte for byte
             with (temporary / filename).open("wb") as file:
-                file.write(_safetensors_header({name: shapes[name] for name in names}, dtype))
+                file.write(_safetensors_header({name: plan[name] for name in names}))
                 for name in names:
-                    file.write(as_bytes(reader.read(name, dtype)))
+                    file.write(as_bytes(contents(name)))
         total = sum(sizes.values())
-        write_json_files(temporary, reader.config, short(dtype), shards, total, eos_ids)
+        more = {"quantization_config": {"quant_method": f"codellama-{quantized}"}}
+        more = more if quantized else {}
+        write_json_files(temporary, reader.config, short(dtype), shards, total, eos_ids, **more)
         if write_more:
             write_more(temporary)
 
 
-def _safetensors_header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+def _safetensors_header(plan: dict[str, Shaped]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
+    for name, (shape, dtype) in plan.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
         entry = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
         header[name] = entry

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from codellama.model.config import ModelConfig
-from codellama.model.quantize import quantized
+from codellama.model.quantize import Int4Linear, Int8Linear, Shaped, parts_of, quantized
 from codellama.model.transformer import Transformer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -53,6 +53,8 @@ class Weights:
     tensors: dict[str, Stored]
     read: Callable[[str, torch.dtype | None], Tensor]
     extra: dict[str, Any]  # metadata that other parts understand, such as GGUF's
+    layer: Callable[[str], Int8Linear | Int4Linear] | None = None
+    """The layer of a matrix whose precision is one of `QUANTIZED`."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,8 +72,8 @@ def build_model(
 
     Args:
         dtype: "bfloat16", "float16", "float32"; "int8" keeps the matrices as 8-bit integers with
-            one scale for each output, "int4" as 4-bit integers with one for each 32 inputs (CPU
-            only); None keeps what the files hold.
+            one scale for each output, "int4" as 4-bit integers with one for each 32 inputs, and
+            either takes integers that the files hold as they are; None keeps what the files hold.
         allow_nonfinite: accept NaN and infinite weights.
 
     Raises:
@@ -85,17 +87,20 @@ def build_model(
     target = None if dtype is None else DTYPES.get(dtype, torch.bfloat16)
     tensors: dict[str, Tensor] = {}
     for name, stored in weights.tensors.items():
-        tensor = read_checked(weights, name, target, allow_nonfinite)
         module = name.rpartition(".")[0]
-        if dtype in QUANTIZED and len(stored.shape) == 2 and module != "model.embed_tokens":
-            linear = quantized(tensor.to(device), dtype, is_head=module == "lm_head")
-            model.set_submodule(module, linear)
-            tensors |= {f"{module}.{key}": value for key, value in linear.state_dict().items()}
-        elif dtype in QUANTIZED:
-            # A copy, so that no mapping of a whole file lives on for the sake of one small tensor.
-            tensors[name] = tensor.to(device, copy=True)
+        is_matrix = len(stored.shape) == 2 and module != "model.embed_tokens"
+        if is_matrix and dtype in QUANTIZED and stored.precision in QUANTIZED and weights.layer:
+            linear = weights.layer(name).to(device)
         else:
-            tensors[name] = tensor.to(device)
+            tensor = read_checked(weights, name, target, allow_nonfinite).to(device)
+            if not is_matrix or dtype not in QUANTIZED:
+                # A copy beside integers, so that no mapping of a whole file lives on for the sake
+                # of one small tensor.
+                tensors[name] = tensor.clone() if dtype in QUANTIZED else tensor
+                continue
+            linear = quantized(tensor, dtype, is_head=module == "lm_head")
+        model.set_submodule(module, linear)
+        tensors |= {f"{module}.{key}": value for key, value in linear.state_dict().items()}
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -143,6 +148,19 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = Transformer(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def stored_shapes(config: ModelConfig, dtype: str) -> dict[str, Shaped]:
+    """As `tensor_shapes`, with types, for a model in one of `LOAD_DTYPES`."""
+    found: dict[str, Shaped] = {}
+    for name, shape in tensor_shapes(config).items():
+        module = name.removesuffix(".weight")
+        if dtype in DTYPES or len(shape) == 1 or module == "model.embed_tokens":
+            found[name] = shape, DTYPES.get(dtype, torch.bfloat16)
+        else:
+            parts = parts_of(shape, dtype, module == "lm_head")
+            found |= {f"{module}.{key}": part for key, part in parts.items()}
+    return found
 
 
 def read_checked(

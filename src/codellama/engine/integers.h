@@ -1,0 +1,291 @@
+// Products of quantised matrices with inputs that are rounded to 8 bits on the fly.
+//
+// int4 decodes with the byte products of AVX-512 (VNNI), inputs scaled in groups of 32. Many tokens
+// at a time go through the matrix unit (AMX), inputs with one scale a token: the matrix is read as
+// it lies, 16 of its rows are one tile, and 16 tokens the other. Sums are exact integers, so that a
+// token's result depends on its own inputs only.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define CODELLAMA_VNNI 1
+#include <immintrin.h>
+#endif
+#if defined(__AMX_INT8__) && defined(CODELLAMA_VNNI) && defined(__linux__)
+#define CODELLAMA_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+extern "C" struct Matrix {  // [n_out, n_in]
+  const void* weights;  // int4: [n_out, padded / 2] bytes, in chunks of 64 inputs (quantize.py)
+  const void* scales;   // int8: [n_out]; int4: [n_out, 2, padded / group] bfloat16, scale and low
+  int64_t n_out, n_in, kind, group;
+};
+
+namespace integers {
+
+constexpr int kChunk = 64;   // inputs whose integers lie together
+constexpr int kTile = 16;    // rows of a tile
+constexpr int kBlock = 128;  // outputs at a time, at most
+
+inline int64_t padded(int64_t n_in) { return (n_in + kChunk - 1) / kChunk * kChunk; }
+
+inline float widened(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// One token's inputs as integers in the order of an int4 matrix: a scale for each 32 of them, and
+// the sum of each of the matrix's groups.
+inline void round_groups(const float* x, int64_t n_in, int64_t group, int8_t* to, float* scales,
+                         float* sums) {
+  std::fill(sums, sums + padded(n_in) / group, 0.0f);
+  for (int64_t begin = 0; begin < padded(n_in); begin += 32) {
+    const int64_t end = std::min(begin + 32, n_in);
+    float largest = 0, sum = 0;
+    for (int64_t i = begin; i < end; ++i) largest = std::max(largest, std::abs(x[i])), sum += x[i];
+    const float inverse = largest > 0 ? 127 / largest : 0;
+    for (int64_t i = 0; i < 32; ++i) {
+      const float value = begin + i < end ? x[begin + i] * inverse : 0;
+      const int64_t chunk = begin / kChunk * kChunk, half = begin % kChunk / 32 * 4;
+      to[chunk + i / 4 * 8 + half + i % 4] = static_cast<int8_t>(std::lrint(value));
+    }
+    scales[begin / 32] = largest / 127;
+    sums[begin / group] += sum;
+  }
+}
+
+#ifdef CODELLAMA_VNNI
+inline __m512i nibbles(const uint8_t* packed) {  // the low ones of 32 bytes, then the high ones
+  const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)packed));
+  const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+  return _mm512_and_si512(_mm512_srlv_epi16(both, shifts), _mm512_set1_epi8(15));
+}
+
+inline __m512 widened_some(const uint16_t* halves, int64_t n) {  // up to 16, then zeros
+  const __mmask16 some = n < 16 ? (1u << n) - 1 : 0xffff;
+  const __m256i found = _mm256_maskz_loadu_epi16(some, halves);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(found), 16));
+}
+
+inline __m512 loaded_some(const float* x, int64_t n) {
+  return _mm512_maskz_loadu_ps(n < 16 ? (1u << std::max<int64_t>(n, 0)) - 1 : 0xffff, x);
+}
+
+inline __m512 alternating(const void* two) {  // two floats in turns
+  double both;
+  std::memcpy(&both, two, 8);
+  return _mm512_castpd_ps(_mm512_set1_pd(both));
+}
+#endif
+
+// One output of an int4 matrix for one to four tokens.
+template <int n_rows>
+void dot_int4(const Matrix& m, int64_t output, const int8_t* const* x, const float* const* x_scales,
+              const float* const* x_sums, float* results) {
+  const int64_t n_padded = padded(m.n_in), n_groups = n_padded / m.group;
+  const auto* packed = static_cast<const uint8_t*>(m.weights) + output * n_padded / 2;
+  const auto* scales = static_cast<const uint16_t*>(m.scales) + output * 2 * n_groups;
+  const uint16_t* lows = scales + n_groups;
+#ifdef CODELLAMA_VNNI
+  __m512 parts[n_rows];
+  for (int r = 0; r < n_rows; ++r) parts[r] = _mm512_setzero_ps();
+  const bool is_fine = m.group < kChunk;
+  const __m512i turns = _mm512_set1_epi64(0x0302808001008080);  // two halves, each as a float
+  for (int64_t at = 0, g = 0; at < n_padded; g += is_fine ? 2 : 1) {
+    uint32_t pair = scales[g] * 0x10001u;
+    if (is_fine) std::memcpy(&pair, scales + g, 4);
+    const __m512 scale = _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_set1_epi32(pair), turns));
+    for (const int64_t end = at + std::max<int64_t>(m.group, kChunk); at < end; at += kChunk) {
+      const __m512i weights = nibbles(packed + at / 2);
+      for (int r = 0; r < n_rows; ++r) {
+        const __m512i inputs = _mm512_loadu_si512(x[r] + at);
+        const __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, inputs);
+        const __m512 both = _mm512_mul_ps(scale, alternating(x_scales[r] + at / 32));
+        parts[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), both, parts[r]);
+      }
+    }
+  }
+  for (int64_t g = 0; g < n_groups; g += 16) {
+    const __m512 low = widened_some(lows + g, n_groups - g);
+    for (int r = 0; r < n_rows; ++r)
+      parts[r] = _mm512_fmadd_ps(low, _mm512_loadu_ps(x_sums[r] + g), parts[r]);
+  }
+  for (int r = 0; r < n_rows; ++r) results[r] = _mm512_reduce_add_ps(parts[r]);
+#else
+  for (int r = 0; r < n_rows; ++r) {
+    results[r] = 0;
+    for (int64_t at = 0; at < n_padded; at += kChunk) {
+      int32_t dots[2] = {};
+      for (int i = 0; i < 32; ++i) {
+        const int byte = packed[at / 2 + i];
+        dots[i / 4 % 2] += (byte & 15) * x[r][at + i] + (byte >> 4) * x[r][at + 32 + i];
+      }
+      for (int64_t i = 0; i < 2; ++i)
+        results[r] += dots[i] * x_scales[r][at / 32 + i] * widened(scales[(at + 32 * i) / m.group]);
+    }
+    for (int64_t g = 0; g < n_groups; ++g) results[r] += widened(lows[g]) * x_sums[r][g];
+  }
+#endif
+}
+
+#ifdef CODELLAMA_AMX
+
+inline bool allow_tiles() {  // the system has to be asked once
+  static const bool allowed = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return allowed;
+}
+
+inline void configure_tiles() {
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t columns[16] = {};
+    uint8_t rows[16] = {};
+  } shape;
+  for (int i = 0; i < 8; ++i) shape.columns[i] = 64, shape.rows[i] = kTile;
+  _tile_loadconfig(&shape);
+}
+
+inline void release_tiles() { _tile_release(); }
+
+// One token's inputs as integers in its column of the tiles of 16 tokens; returns their scale.
+inline float round_token(const float* x, int64_t n_in, int64_t token, int8_t* tiles) {
+  const int64_t n_padded = padded(n_in);
+  __m512 most = _mm512_setzero_ps();
+  __mmask16 wrong = 0;  // what is not a number must not vanish
+  for (int64_t i = 0; i < n_in; i += 16) {
+    const __m512 values = loaded_some(x + i, n_in - i);
+    most = _mm512_max_ps(most, _mm512_abs_ps(values));
+    wrong |= _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  }
+  const float largest = _mm512_reduce_max_ps(most);
+  const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127 / largest : 0);
+  int8_t* to = tiles + token / kTile * kTile * n_padded + token % kTile * 4;
+  for (int64_t i = 0; i < n_padded; i += 16) {
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(loaded_some(x + i, n_in - i), inverse));
+    alignas(16) int32_t fours[4];
+    _mm_store_si128((__m128i*)fours, _mm512_cvtepi32_epi8(whole));
+    for (int j = 0; j < 4; ++j) std::memcpy(to + (i + 4 * j) * kTile, fours + j, 4);
+  }
+  return wrong ? std::nanf("") : largest / 127;
+}
+
+// One output of an int4 matrix in 8 bits; returns their scale.
+inline float widen_int4(const Matrix& m, int64_t output, int8_t* to) {
+  static thread_local std::vector<int16_t> fixed;  // factors and offsets, 8 bits behind the point
+  const int64_t n_padded = padded(m.n_in), n_groups = n_padded / m.group;
+  const auto* packed = static_cast<const uint8_t*>(m.weights) + output * n_padded / 2;
+  const auto* scales = static_cast<const uint16_t*>(m.scales) + output * 2 * n_groups;
+  const uint16_t* lows = scales + n_groups;
+  const int64_t n_room = (n_groups + 15) / 16 * 16;
+  fixed.resize(2 * n_room);
+  __m512 most = _mm512_set1_ps(1e-30f);
+  for (int64_t g = 0; g < n_groups; g += 16) {
+    const __m512 low = widened_some(lows + g, n_groups - g);
+    const __m512 scale = widened_some(scales + g, n_groups - g);
+    const __m512 high = _mm512_fmadd_ps(scale, _mm512_set1_ps(15), low);
+    most = _mm512_max_ps(most, _mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+  }
+  const float largest = _mm512_reduce_max_ps(most);
+  const __m512 inverse = _mm512_set1_ps(127 / largest * 256);
+  for (int64_t g = 0; g < n_groups; g += 16) {
+    const __m512 low = _mm512_mul_ps(widened_some(lows + g, n_groups - g), inverse);
+    const __m512 scale = _mm512_mul_ps(widened_some(scales + g, n_groups - g), inverse);
+    const auto round = [](__m512 x) { return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)); };
+    _mm256_storeu_si256((__m256i*)&fixed[g], round(scale));
+    _mm256_storeu_si256((__m256i*)&fixed[n_room + g], round(_mm512_add_ps(low, _mm512_set1_ps(128))));
+  }
+  const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  const int shift = m.group == 32 ? 5 : m.group == 64 ? 6 : 7;
+  for (int64_t at = 0; at < n_padded; at += kChunk) {
+    const __m512i levels = _mm512_permutexvar_epi32(order, nibbles(packed + at / 2));
+    for (int i = 0; i < 2; ++i) {
+      const __m256i half = i ? _mm512_extracti64x4_epi64(levels, 1) : _mm512_castsi512_si256(levels);
+      const int16_t* own = &fixed[(at + 32 * i) >> shift];
+      __m512i wide = _mm512_mullo_epi16(_mm512_cvtepu8_epi16(half), _mm512_set1_epi16(own[0]));
+      wide = _mm512_srai_epi16(_mm512_add_epi16(wide, _mm512_set1_epi16(own[n_room])), 8);
+      _mm256_storeu_si256((__m256i*)(to + at + 32 * i), _mm512_cvtepi16_epi8(wide));
+    }
+  }
+  return largest / 127;
+}
+
+// Some outputs for all tokens. store(token, output, values, n): n outputs of a token.
+template <class Scale, class Store>
+void multiply_tiles(const Matrix& m, bool is_int4, int64_t first, int64_t n_block,
+                    const int8_t* tiles, const float* token_scales, int64_t n_tokens,
+                    Scale scale_of, Store store) {
+  static thread_local std::vector<int8_t> copy;
+  const int64_t n_padded = padded(m.n_in), n_whole = (n_block + 31) / 32 * 32;
+  const int8_t* weights = static_cast<const int8_t*>(m.weights) + first * m.n_in;
+  int64_t stride = m.n_in;
+  float scales[kBlock] = {};
+  if (is_int4 || n_whole != n_block || m.n_in != n_padded) {
+    stride = n_padded + kChunk;  // a power of two would put all rows into the same lines of the cache
+    copy.resize(kBlock * stride);
+    for (int64_t i = 0; i < n_whole; ++i) {
+      int8_t* to = copy.data() + i * stride;
+      std::memset(to, 0, n_padded);
+      if (i >= n_block) continue;
+      if (is_int4) scales[i] = widen_int4(m, first + i, to);
+      else std::memcpy(to, weights + i * m.n_in, m.n_in);
+    }
+    weights = copy.data();
+  }
+  if (!is_int4)
+    for (int64_t i = 0; i < n_block; ++i) scales[i] = scale_of(first + i);
+  const __m512i column = _mm512_mullo_epi32(
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(16));
+  for (int64_t token = 0; token < n_tokens; token += 2 * kTile) {
+    const int8_t* inputs = tiles + token * n_padded;
+    const bool both = token + kTile < n_tokens;
+    const int8_t* more = both ? inputs + kTile * n_padded : inputs;
+    for (int64_t own = 0; own < n_whole; own += 2 * kTile) {
+      const int8_t* rows = weights + own * stride;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t at = 0; at < n_padded; at += kChunk) {
+        _tile_loadd(4, rows + at, stride);
+        _tile_loadd(5, rows + kTile * stride + at, stride);
+        _tile_loadd(6, inputs + at * kTile, 64);
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 5, 6);
+        if (!both) continue;
+        _tile_loadd(7, more + at * kTile, 64);
+        _tile_dpbssd(2, 4, 7);
+        _tile_dpbssd(3, 5, 7);
+      }
+      alignas(64) int32_t sums[4][kTile * kTile];
+      _tile_stored(0, sums[0], 64);
+      _tile_stored(1, sums[1], 64);
+      _tile_stored(2, sums[2], 64);
+      _tile_stored(3, sums[3], 64);
+      for (int64_t t = 0; t < std::min<int64_t>(2 * kTile, n_tokens - token); ++t)
+        for (int half = 0; half < 2; ++half) {
+          const int64_t output = own + half * kTile;
+          if (output >= n_block) break;
+          const int32_t* from = sums[t / kTile * 2 + half] + t % kTile;
+          const __m512 values = _mm512_cvtepi32_ps(_mm512_i32gather_epi32(column, from, 4));
+          const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(scales + output),
+                                             _mm512_set1_ps(token_scales[token + t]));
+          store(token + t, first + output, _mm512_mul_ps(values, scale),
+                static_cast<int>(std::min<int64_t>(kTile, n_block - output)));
+        }
+    }
+  }
+}
+
+#endif
+
+}  // namespace integers
