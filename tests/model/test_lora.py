@@ -49,13 +49,13 @@ def test_new_adapters_change_nothing_and_only_they_learn():
 
 def test_merged_weights_give_the_same_logits(adapted):
     merged = new_model()
-    merged.load_state_dict(merged_state(adapted))
+    merged.load_state_dict(merged_state(adapted.state_dict(), SETTINGS))
     assert not torch.allclose(merged(TOKENS), new_model()(TOKENS), atol=1e-3)
     torch.testing.assert_close(merged(TOKENS), adapted(TOKENS), rtol=1e-5, atol=1e-5)
 
 
 def test_saved_and_loaded(adapted, tmp_path):
-    save_adapter(tmp_path / "a", adapted, SETTINGS, "base")
+    save_adapter(tmp_path / "a", adapted.state_dict(), SETTINGS, "base")
     model = new_model()
     assert load_adapter(tmp_path / "a", model) == SETTINGS
     assert torch.equal(model(TOKENS), adapted(TOKENS))
@@ -66,7 +66,7 @@ def test_peft_loads_it(adapted, tmp_path):
     transformers = pytest.importorskip("transformers")
     plain = new_model()
     save_checkpoint(tmp_path / "base", plain.config, plain.state_dict(), "float32")
-    save_adapter(tmp_path / "a", adapted, SETTINGS, str(tmp_path / "base"))
+    save_adapter(tmp_path / "a", adapted.state_dict(), SETTINGS, str(tmp_path / "base"))
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "a")
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_peft_loads_it(adapted, tmp_path):
     ],
 )
 def test_folders_that_do_not_fit(adapted, tmp_path, key, value, message):
-    save_adapter(tmp_path / "a", adapted, SETTINGS, "base")
+    save_adapter(tmp_path / "a", adapted.state_dict(), SETTINGS, "base")
     path = tmp_path / "a/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ValueError, match=message) as error:
@@ -104,7 +104,7 @@ def test_folders_that_do_not_fit(adapted, tmp_path, key, value, message):
 def test_what_is_no_adapter(tmp_path, adapted):
     with pytest.raises(ValueError, match="not an adapter folder"):
         load_adapter(tmp_path, new_model())
-    save_adapter(tmp_path / "a", adapted, SETTINGS, "base")
+    save_adapter(tmp_path / "a", adapted.state_dict(), SETTINGS, "base")
     file = tmp_path / "a/adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(ValueError, match="damaged"):

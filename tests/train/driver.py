@@ -7,13 +7,16 @@ A child is forked from this process, which has imported everything and run nothi
 new start, only faster.
 """
 
+import ctypes
 import json
 import os
+import random
 import signal
 import socket
 import sys
 import tempfile
 import time
+from functools import partial
 
 if __name__ == "__main__":
     import matplotlib.pyplot  # noqa: F401  a second for each child otherwise
@@ -103,26 +106,60 @@ def hinder(request: dict) -> None:
 
         def signalled(self, *arguments):
             step(self, *arguments)
-            os.kill(os.getpid(), number)
+            if writers:
+                writers[-1].wait()
+            for _ in range(request.get("n_signals", 1)):
+                os.kill(os.getpid(), number)
 
         on_call(torch.optim.AdamW, "step", at, signalled)
-    clip = torch.nn.utils.clip_grad_norm_
+    clip = loop.clip_gradients
     calls = 0
 
-    def spoiled(parameters, limit):
+    def spoiled(model, limit):
         nonlocal calls
         calls += 1
         if request.get("signal_at_gradient") == calls:
             os.kill(os.getpid(), signal.SIGTERM)
-        parameters = list(parameters)
+        parameters = list(model.parameters())
         if calls in request.get("spike_steps", ()):
             for parameter in parameters:
                 parameter.grad.mul_(1000)
-        if calls in request.get("nan_steps", ()):
-            parameters[3].grad[0, 0] = float(request.get("instead", "nan"))
-        return clip(parameters, limit)
+        is_spoiled = request.get("spoiled_rank", 0) == int(os.environ.get("RANK", "0"))
+        if is_spoiled and calls in request.get("nan_steps", ()):
+            gradient = parameters[3].grad
+            own = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+            own[0, 0] = float(request.get("instead", "nan"))
+        return clip(model, limit)
 
-    torch.nn.utils.clip_grad_norm_ = spoiled
+    loop.clip_gradients = spoiled
+    if found := request.get("disk_error_at_flush"):
+        number, at = found
+        on_call(os, "fsync", at, partial(fail, number))
+    if request.get("slow_disk_and_wild_clock"):
+        flush = os.fsync
+        os.fsync = lambda descriptor: (time.sleep(0.2), flush(descriptor))[1]
+        time.time = lambda: random.uniform(-1e9, 1e10)
+    if "states_bytes" in request:
+        mount_small_disk(request["states_folder"], request["states_bytes"])
+
+
+def fail(number, *_) -> None:
+    raise OSError(number, os.strerror(number))
+
+
+def mount_small_disk(folder: str, n_bytes: int) -> None:
+    """A file system of its own for this process, which ends with it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_mounts, private = 0x20000, 1 << 18 | 1 << 14  # linux/sched.h, linux/mount.h
+    uid = os.getuid()
+    if libc.unshare(new_mounts | (0 if uid == 0 else 0x10000000)):
+        raise OSError(ctypes.get_errno(), "unshare")
+    os.makedirs(folder, exist_ok=True)
+    options = f"size={n_bytes}".encode()
+    if libc.mount(b"none", b"/", None, private, None) or libc.mount(
+        b"tmpfs", folder.encode(), b"tmpfs", 0, options
+    ):
+        raise OSError(ctypes.get_errno(), "mount")
 
 
 def run_child(request: dict) -> None:
@@ -141,6 +178,12 @@ def run_child(request: dict) -> None:
         code = 1
     else:
         code = 0
+    if "states_bytes" in request:
+        print("left:", sorted(os.listdir(request["states_folder"])), file=sys.stderr)
+    if "backend" in request:
+        from torch._dynamo.utils import counters
+
+        print(f"compiled {counters['stats']['unique_graphs']} graphs", file=sys.stderr)
     sys.stderr.flush()
     os._exit(code)
 

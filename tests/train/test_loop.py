@@ -1,7 +1,9 @@
+import errno
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -13,7 +15,9 @@ import torch
 from projects import make_project, training_rows
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
+from codellama.cli import app
 from codellama.data.loader import Batch, Loader
 from codellama.data.mixture import open_mixture
 from codellama.data.packing import Lane
@@ -24,6 +28,7 @@ from codellama.model.transformer import Transformer
 from codellama.recipe import load_recipe
 from codellama.tokenizer import Tokenizer
 from codellama.train import loop, train
+from codellama.train.export import export_state
 from codellama.train.loop import packing_settings
 from codellama.train.loss import LossFunction, can_compile
 from codellama.train.start import prepared
@@ -132,6 +137,23 @@ def test_checkpoint_is_the_last_state(unbroken):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[f"model.{name}"]), name
     assert model.config.max_position_embeddings == 64
+
+
+def test_checkpoint_of_any_state(unbroken, tmp_path):
+    recipe = str(unbroken / "recipe.toml")
+    command = ["train", recipe, "--stage", "code", "--export"]
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "newest")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "newest/model.safetensors").read_bytes() == weights(unbroken)
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "a"), "--step", "21"])
+    assert result.exit_code == 0, result.output
+    state = load_file(unbroken / "runs/code/states/step-00000021/tensors.safetensors")
+    model = load_checkpoint(tmp_path / "a", dtype=None)
+    assert all(torch.equal(t, state[f"model.{name}"]) for name, t in model.state_dict().items())
+    Tokenizer.load(tmp_path / "a")
+    for target, step, problem in (("b", 20, "no train state of step 20"), ("a", 21, "exists")):
+        with pytest.raises(ValueError, match=problem):
+            export_state(load_recipe(recipe), "code", tmp_path / target, step)
 
 
 def test_finished_stage_is_kept(run_in_children, unbroken):
@@ -263,6 +285,14 @@ def test_signal_saves_and_stops(run_in_children, unbroken, work, number):
     (last,) = run_in_children(work, {})
     assert last["code"] == 0
     assert "resumed at step 7" in last["log"]
+    assert_same_run(work, unbroken)
+
+
+def test_second_signal_ends_at_once(run_in_children, unbroken, work):
+    again = {"signal_at_step": [int(signal.SIGTERM), 7], "n_signals": 2}
+    killed, last = run_in_children(work, again, {})
+    assert (killed["code"], last["code"]) == (-signal.SIGTERM, 0), last["log"]
+    assert "resumed at step 6" in last["log"]
     assert_same_run(work, unbroken)
 
 
@@ -461,6 +491,48 @@ def test_full_disk_ends_the_run_where_the_recipe_says_so(run_in_children, unbrok
     assert_same_run(work, unbroken)
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS])
+def test_disk_error_while_a_state_is_flushed(run_in_children, unbroken, work, number):
+    # Three flushes belong to recipe.json and metrics.jsonl; a state has six.
+    (result,) = run_in_children(work, {"disk_error_at_flush": [number, 12]})
+    assert result["code"] == 0
+    assert re.search(rf"step \d+ not saved: .*{os.strerror(number)}", result["log"])
+    assert_same_run(work, unbroken)
+    assert list((work / "runs" / "code" / "states").glob(".*")) == []
+
+
+def test_a_disk_that_really_is_full(run_in_children, unbroken, work):
+    """A file system with room for two states and a half: a third does not fit beside them."""
+    states = work / "runs" / "code" / "states"
+    n_bytes = sum(path.stat().st_size for path in last_state(unbroken).iterdir())
+    (result,) = run_in_children(
+        work, {"states_folder": str(states), "states_bytes": int(2.5 * n_bytes)}
+    )
+    assert result["code"] == 0, result["log"]
+    assert "warning: train state of step 9 not saved" in result["log"]
+    assert "No space left on device" in result["log"]
+    # What was there before stands, and nothing half-done beside it.
+    assert "left: ['step-00000003', 'step-00000006']" in result["log"]
+    assert losses(work) == losses(unbroken)
+
+
+def test_slow_disk_and_jumping_clock_change_nothing(run_in_children, unbroken, work):
+    (result,) = run_in_children(work, {"slow_disk_and_wild_clock": True})
+    assert result["code"] == 0, result["log"]
+    assert_same_run(work, unbroken)
+
+
+def test_damaged_corpus_is_not_trained_on(run_in_children, work):
+    shard = sorted((work / "corpus").glob("train-*"))[0]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    (result,) = run_in_children(work, {})
+    assert result["code"] == 1
+    assert str(shard) in result["log"]
+    assert not (work / "runs" / "code" / "metrics.jsonl").exists() or training_rows(work) == []
+
+
 def test_killed_while_a_state_is_being_written(run_in_children, unbroken, work):
     """Steps are taken while the disk hangs; what it was writing is no state."""
     killed, last = run_in_children(work, {"hang_in_save_kill_at_step": [3, 11]}, {})
@@ -633,6 +705,9 @@ def test_adapters_are_trained_and_merged(run_in_children, unbroken, tmp_path):
         if not torch.equal(tensor, before.state_dict()[name])
     }
     assert changed == {"q_proj", "up_proj"}
+    export_state(load_recipe(tmp_path / "recipe.toml"), "second", tmp_path / "merged")
+    merged = (tmp_path / "merged/model.safetensors").read_bytes()
+    assert merged == (run / "checkpoint/model.safetensors").read_bytes()
     load_adapter(run / "adapter", before)
     tokens = torch.arange(40)[None]
     torch.testing.assert_close(before(tokens), after(tokens), rtol=1e-4, atol=1e-4)

@@ -78,6 +78,11 @@ def train(
     tensor: TensorParts = 1,
     context: Contexts = 1,
     tensorboard: TensorBoard = False,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Only write a checkpoint of a train state, into this."),
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="With --export: not of the newest one.")] = None,
     dry_run: DryRun = False,
     hardware: Hardware = None,
     devices: Devices = 1,
@@ -93,6 +98,11 @@ def train(
     _check_stage(loaded, stage, "--stage")
     if dry_run:
         _print_plan(loaded, [stage], hardware, devices, mfu, grid, as_json)
+    elif export is not None:
+        from codellama.train.export import export_state
+
+        terminal.say(f"step {export_state(loaded, stage, export, step)}")
+        print(export)
     else:
         _train(loaded, [stage], device, workers, tensorboard, replicas, tensor, context)
 

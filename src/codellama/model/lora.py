@@ -25,19 +25,17 @@ from codellama.recipe import Lora
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+ADAPTERS = ("lora_A", "lora_B")
 
 
 class LoraLinear(nn.Module):
     """A bias-free linear layer with a frozen matrix and a trained update of low rank."""
 
-    def __init__(self, base: nn.Linear, settings: Lora, generator: torch.Generator) -> None:
+    def __init__(self, base: nn.Linear, settings: Lora) -> None:
         super().__init__()
         self.weight = base.weight
         self.scale = settings.alpha / settings.rank
-        down = base.weight.new_empty(settings.rank, base.in_features)
-        # PEFT's start: uniform as of an nn.Linear for A, zeros for B, so that nothing changes yet.
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
-        self.lora_A = nn.Parameter(down)
+        self.lora_A = nn.Parameter(base.weight.new_zeros(settings.rank, base.in_features))
         self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, settings.rank))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,47 +44,56 @@ class LoraLinear(nn.Module):
             F.linear(x, self.lora_A), self.lora_B
         )
 
-    def merged(self) -> Tensor:
-        """W + (alpha / r) B A, in the type of W."""
-        update = self.scale * (self.lora_B.float() @ self.lora_A.float())
-        return (self.weight.float() + update).to(self.weight.dtype)
-
 
 def add_adapters(model: Transformer, settings: Lora, seed: int = 0) -> None:
     """Freeze a model and put adapters beside its matrices, in place."""
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in settings.targets:
-            model.set_submodule(name, LoraLinear(module, settings, generator))
+            model.set_submodule(name, LoraLinear(module, settings))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith(ADAPTERS) and not parameter.is_meta:
+            initialise_adapter(name, parameter, generator)
 
 
-def merged_state(model: Transformer) -> dict[str, Tensor]:
-    """All weights under the names of a model without adapters, updates added in."""
-    tensors = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not name.endswith(("lora_A", "lora_B"))
-    }
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLinear):
-            tensors[f"{name}.weight"] = module.merged().detach()
-    return tensors
+def initialise_adapter(name: str, weight: Tensor, generator: torch.Generator) -> Tensor:
+    """PEFT's start: uniform as of an nn.Linear for A, zeros for B, so that nothing changes yet."""
+    if name.endswith("lora_B"):
+        return nn.init.zeros_(weight)
+    return nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
 
 
-def save_adapter(folder: str | Path, model: Transformer, settings: Lora, base: str) -> None:
+def merged_state(tensors: dict[str, Tensor], settings: Lora) -> dict[str, Tensor]:
+    """W + (alpha / r) B A under the names of a model without adapters.
+
+    Args:
+        tensors: the state of a model with adapters.
+    """
+    merged = {name: t for name, t in tensors.items() if not name.endswith(ADAPTERS)}
+    for name, down in tensors.items():
+        if name.endswith("lora_A"):
+            weight = name.removesuffix("lora_A") + "weight"
+            up = tensors[name.removesuffix("A") + "B"].float()
+            update = settings.alpha / settings.rank * (up @ down.float())
+            merged[weight] = (merged[weight].float() + update).to(merged[weight].dtype)
+    return merged
+
+
+def save_adapter(folder: str | Path, tensors: dict[str, Tensor], settings: Lora, base: str) -> None:
     """Write the adapters of a model as PEFT does.
 
     Args:
+        tensors: the state of a model with adapters.
         base: the checkpoint that they belong to, as PEFT is told.
 
     Raises:
         OSError: the folder cannot be written; what stood there before is untouched.
     """
-    tensors = {
-        f"{_PREFIX}{name}.weight": parameter.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        if name.endswith(("lora_A", "lora_B"))
+    adapters = {
+        f"{_PREFIX}{name}.weight": tensor.contiguous()
+        for name, tensor in tensors.items()
+        if name.endswith(ADAPTERS)
     }
     values = {
         "peft_type": "LORA",
@@ -104,7 +111,7 @@ def save_adapter(folder: str | Path, model: Transformer, settings: Lora, base: s
         text = json.dumps(values, indent=2) + "\n"
         (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
         try:
-            save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+            save_file(adapters, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder}: cannot be written: {error}") from None
 
@@ -133,13 +140,12 @@ def load_adapter(folder: str | Path, model: Transformer) -> Lora:
         settings = Lora.model_validate(named)
     except ValidationError as error:
         first = error.errors()[0]
-        where = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules"}
-        key = where[str(first["loc"][0])]
+        key = {"rank": "r", "alpha": "lora_alpha"}.get(str(first["loc"][0]), "target_modules")
         raise ValueError(f"{folder / CONFIG_FILE}: {key}: {first['msg']}") from None
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
     add_adapters(model, settings)
-    wanted = {n: p for n, p in model.named_parameters() if n.endswith(("lora_A", "lora_B"))}
+    wanted = {n: p for n, p in model.named_parameters() if n.endswith(ADAPTERS)}
     found = {k.removeprefix(_PREFIX).removesuffix(".weight"): t for k, t in tensors.items()}
     for name in sorted(wanted.keys() ^ found.keys()):
         problem = "is missing" if name in wanted else "is not part of this model"

@@ -172,12 +172,17 @@ class Transformer(nn.Module):
         The two projections into the residual stream of each block are scaled down by sqrt(2 L), so
         that its variance does not grow with depth (GPT-2 paper 2.3; not stated for Llama).
         """
-        std = self.config.initializer_range
-        into_residual = std / (2 * self.config.num_hidden_layers) ** 0.5
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                nn.init.ones_(parameter)
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.normal_(parameter, std=into_residual, generator=generator)
-            else:
-                nn.init.normal_(parameter, std=std, generator=generator)
+            initialise(name, parameter, self.config, generator)
+
+
+def initialise(
+    name: str, weight: Tensor, config: ModelConfig, generator: torch.Generator
+) -> Tensor:
+    """Fill one weight of a model in place; see `Transformer.initialise`."""
+    if name.endswith("norm.weight"):
+        return nn.init.ones_(weight)
+    std = config.initializer_range
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= (2 * config.num_hidden_layers) ** 0.5
+    return nn.init.normal_(weight, std=std, generator=generator)

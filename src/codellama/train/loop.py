@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from codellama.train.parallel import (
     any_rank,
     clip_gradients,
     distribute,
+    fill,
     from_main,
     gathered,
     make_layout,
@@ -146,8 +147,7 @@ def train(
     Raises:
         ValueError: wrong stage, missing corpus or tokenizer, the run folder holds a run with other
             settings, or the work does not divide over the processes.
-        OSError: the checkpoint cannot be written, or a train state where `stop_on_failed_save` is
-            set; older train states are untouched.
+        OSError: the checkpoint, or with `stop_on_failed_save` a train state, cannot be written.
         TrainingStopped: SIGTERM or SIGINT arrived; the state of the last step is saved.
     """
     stage = recipe.stage(stage_name)
@@ -164,11 +164,12 @@ def train(
             return checkpoint
         torch.use_deterministic_algorithms(stage.deterministic)
         tokenizer = stage_tokenizer(recipe, stage)
-        model = initial_model(recipe, stage, tokenizer).to(device)
-        if stage.lora is not None and not layout.is_alone:
-            raise ValueError("lora trains in one process; start it without torchrun")
+        model, read = initial_model(recipe, stage, tokenizer)
+        if stage.lora is not None and layout.n_tensor > 1:
+            raise ValueError("tensor-parallel parts have no lora: give shards or contexts instead")
         loss = LossFunction(model, stage, layout)
         forward = distribute(model, layout, loss, stage.compile and can_compile())
+        fill(model, read, device)
         if layout.is_main:
             # Not before everything was found: a start that fails must not hold the folder.
             write_file(folder / RECORD, json.dumps(record, indent=2) + "\n")
@@ -200,12 +201,13 @@ def train(
             shares = cache(open_shares)  # opened here only when asked for, and checked once
             _take_steps(run, forward, shares, tensorboard)
             run.gather_lanes()
-        weights = whole_state(model, layout) if stage.lora is None else merged_state(model)
+        weights = whole_state(model, layout)
         if layout.is_main:
             report = mixture_report(shares(), loader.states)
             write_file(folder / "mixture.json", json.dumps(report, indent=2) + "\n")
             if stage.lora is not None:
-                save_adapter(folder / "adapter", model, stage.lora, stage.init)
+                save_adapter(folder / "adapter", weights, stage.lora, stage.init)
+                weights = merged_state(weights, stage.lora)
             save_checkpoint(
                 checkpoint, model.config, weights, stage.dtype, write_more=tokenizer.save
             )
@@ -214,17 +216,9 @@ def train(
 
 
 def packing_settings(stage: Stage) -> PackingSettings:
-    """How a stage's documents become sequences."""
-    return PackingSettings(
-        stage.seq_len,
-        stage.fim_rate,
-        stage.spm_share,
-        stage.fim_line_share,
-        stage.fim_middle_share,
-        stage.max_document_chars,
-        stage.repeat_rate,
-        stage.seed,
-    )
+    """How a stage's documents become sequences: fields of one name."""
+    names = {field.name for field in fields(PackingSettings)} & Stage.model_fields.keys()
+    return PackingSettings(**{name: getattr(stage, name) for name in names})
 
 
 def _take_steps(
@@ -233,7 +227,8 @@ def _take_steps(
     """Take optimiser steps to the end of the stage."""
     stage, layout = run.stage, run.layout
     device = str(next(run.model.parameters()).device)
-    peak = matrix_flops_per_s(device, DTYPES[stage.dtype]) * layout.n_ranks
+    peak = matrix_flops_per_s(device, DTYPES[stage.dtype])
+    peak *= layout.n_data * layout.n_context * layout.n_tensor
     flops_per_token = run.model.config.train_flops_per_token(stage.seq_len)
     if len(run.held_out) == 0:
         warn(layout, "the corpus has no held-out documents: no validation")

@@ -128,10 +128,8 @@ class LossFunction:
         positions = batch.positions
         if not self._document_mask:  # attention across documents needs positions that go on
             positions = torch.arange(weights.shape[-1], device=weights.device).expand_as(weights)
-        tokens, targets, positions, weights = (
-            own_positions(x, self._layout)
-            for x in (batch.tokens, batch.targets, positions, weights)
-        )
+        whole = batch.tokens, batch.targets, positions, weights
+        tokens, targets, positions, weights = (own_positions(x, self._layout) for x in whole)
         device = tokens.device.type
         with torch.autocast(device, self._dtype, enabled=self._dtype != torch.float32):
             hidden = self._hidden(tokens, positions, batch.document_ids)

@@ -54,14 +54,13 @@ class MetricsLog:
         self, run_dir: Path, first_step: int, is_main: bool = True, tensorboard: bool = False
     ) -> None:
         self._path = run_dir / METRICS_FILE
-        self._file = None
+        self._file: FileIO | None = None
         self._pending = b""
         self._has_warned = False
         self._board: Any = None
+        self._has_board = tensorboard
         if is_main:  # of the processes of a run one writes
-            self._file = self._opened(first_step)
-            if tensorboard:
-                self._board = _board(run_dir / "tensorboard", first_step)
+            self._open(first_step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add one row; it reaches the file at once, or with a later one. NaN becomes null."""
@@ -84,17 +83,16 @@ class MetricsLog:
     def rewind(self, step: int) -> None:
         """Drop what was written of the steps after this one."""
         if self._file is not None:
-            self._file.close()
-            self._file = self._opened(step)
-            if self._board is not None:
-                self._board.close()
-                self._board = _board(self._path.parent / "tensorboard", step)
+            self.close()
+            self._open(step)
 
-    def _opened(self, step: int) -> FileIO:
+    def _open(self, step: int) -> None:
         kept = [row for row in read_metrics(self._path.parent) if row["step"] <= step]
         write_file(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._pending = b""
-        return FileIO(self._path, "ab")
+        self._file = FileIO(self._path, "ab")
+        if self._has_board:
+            self._board = _board(self._path.parent / "tensorboard", step)
 
     def close(self) -> None:
         """Close the file."""

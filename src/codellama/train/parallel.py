@@ -2,12 +2,9 @@
 
     torchrun --nproc-per-node 8 -m codellama train RECIPE --stage code --tensor 2
 
-Ranks form a mesh of replicas x shards x contexts x tensor-parallel parts. FSDP2 shards weights,
-gradients and optimiser over shards and contexts and repeats them over the replicas. Context ranks
-hold a part of every sequence each and exchange it for all of it in some of the heads where
-attention is computed. Tensor parallelism cuts heads and feed-forward width of each block, and the
-sequence between them. Contexts and tensor-parallel parts read the same part of the global batch.
-One process needs none of this, and the functions here then do nothing.
+Ranks form a mesh of replicas x shards x contexts x tensor-parallel parts (docs/distributed.md).
+Contexts and tensor-parallel parts read the same part of the global batch, shards and replicas one
+of their own. One process needs none of this, and the functions here then do nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -41,34 +38,33 @@ from codellama.model.transformer import Transformer
 def _tensor_plan() -> Any:
     """Between projections a rank has some heads of all positions, elsewhere some positions."""
     whole, cut = Replicate(), Shard(1)
+
+    def moved(x: Any, wanted: Any, *others: None, use_local_output: bool = False) -> Any:
+        return PrepareModuleInput(
+            input_layouts=(x, *others),
+            desired_input_layouts=(wanted, *others),
+            use_local_output=use_local_output,
+        )
+
     return {
-        "layers.0": PrepareModuleInput(
-            input_layouts=(whole, None, None),
-            desired_input_layouts=(cut, None, None),
-            use_local_output=True,
-        ),
+        "layers.0": moved(whole, cut, None, None, use_local_output=True),
         "layers.*.*_layernorm": SequenceParallel(),
-        "layers.*.self_attn": PrepareModuleInput(
-            input_layouts=(cut, None, None), desired_input_layouts=(whole, None, None)
-        ),
+        "layers.*.self_attn": moved(cut, whole, None, None),
         "layers.*.self_attn.[qkv]_proj": ColwiseParallel(),
         "layers.*.self_attn.o_proj": RowwiseParallel(output_layouts=cut),
-        "layers.*.mlp": PrepareModuleInput(input_layouts=cut, desired_input_layouts=whole),
+        "layers.*.mlp": moved(cut, whole),
         "layers.*.mlp.gate_proj": ColwiseParallel(),
         "layers.*.mlp.up_proj": ColwiseParallel(),
         "layers.*.mlp.down_proj": RowwiseParallel(output_layouts=cut),
-        "norm": PrepareModuleInput(
-            input_layouts=cut, desired_input_layouts=whole, use_local_output=True
-        ),
+        "norm": moved(cut, whole, use_local_output=True),
     }
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks share the work."""
+    """How the ranks share the work; `n_data` parts of the global batch are read."""
 
-    n_replicas: int = 1
-    n_shards: int = 1
+    n_data: int = 1
     n_context: int = 1
     n_tensor: int = 1
     rank: int = 0
@@ -78,18 +74,8 @@ class Layout:
     """The ranks that share the sequences of this one."""
 
     @property
-    def n_data(self) -> int:
-        """Parts that the global batch is read in."""
-        return self.n_replicas * self.n_shards
-
-    @property
-    def n_ranks(self) -> int:
-        """All processes."""
-        return self.n_data * self.n_context * self.n_tensor
-
-    @property
     def data_rank(self) -> int:
-        """Which of them this rank reads."""
+        """Which part of the global batch this rank reads."""
         return self.rank // (self.n_context * self.n_tensor)
 
     @property
@@ -116,8 +102,8 @@ def make_layout(device: str, n_replicas: int = 1, n_tensor: int = 1, n_context: 
     n_shards, left = divmod(world_size, n_replicas * n_context * n_tensor)
     if left or n_shards == 0:
         raise ValueError(
-            f"{world_size} processes do not divide into {n_replicas} replicas x {n_context} "
-            f"contexts x {n_tensor} tensor-parallel parts"
+            f"{world_size} processes do not divide into {n_replicas} replicas x {n_tensor} "
+            f"tensor-parallel parts x {n_context} contexts"
         )
     if world_size == 1:
         return ALONE
@@ -126,25 +112,18 @@ def make_layout(device: str, n_replicas: int = 1, n_tensor: int = 1, n_context: 
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    n_parts = n_shards * n_context
-    mesh = init_device_mesh(
-        kind, (n_replicas, n_parts, n_tensor), mesh_dim_names=("replicas", "parts", "tensor")
-    )
-    context = init_device_mesh(
-        kind,
-        (n_replicas * n_shards, n_context, n_tensor),
-        mesh_dim_names=("data", "context", "tensor"),
-    )["context"]
-    return Layout(n_replicas, n_shards, n_context, n_tensor, dist.get_rank(), mesh, context)
+    names, n_data = ("replicas", "parts", "tensor"), n_replicas * n_shards
+    shape = (n_replicas, n_shards * n_context, n_tensor)
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
+    shape = (n_data, n_context, n_tensor)
+    contexts = init_device_mesh(kind, shape, mesh_dim_names=("data", "context", "tensor"))
+    return Layout(n_data, n_context, n_tensor, dist.get_rank(), mesh, contexts["context"])
 
 
 def distribute(
     model: Transformer, layout: Layout, loss: Callable[..., Tensor], compiled: bool = False
 ) -> Callable[..., Tensor]:
     """Cut a model over the mesh, in place, and return `loss` so that it runs on the parts.
-
-    Args:
-        compiled: compile what each block does between what FSDP2 gathers and sends.
 
     Raises:
         ValueError: heads do not divide over the tensor-parallel parts and contexts.
@@ -159,13 +138,12 @@ def distribute(
             f"parts x {layout.n_context} contexts"
         )
     if compiled:
-        for block in model.model.layers:  # one graph serves them all
+        for block in model.model.layers:  # between what FSDP2 gathers and sends; one graph for all
             block.forward = torch.compile(block.forward, dynamic=False)
     if layout.n_tensor > 1:
         parallelize_module(model.model, layout.mesh["tensor"], _tensor_plan())
-    data_mesh = layout.mesh["parts"]
-    if layout.n_replicas > 1:
-        data_mesh = layout.mesh["replicas", "parts"]
+    is_repeated = layout.mesh["replicas"].size() > 1
+    data_mesh = layout.mesh["replicas", "parts"] if is_repeated else layout.mesh["parts"]
     for block in model.model.layers:
         fully_shard(block, mesh=data_mesh)
     fully_shard(model, mesh=data_mesh)
@@ -176,12 +154,23 @@ def distribute(
     return whole.training_loss
 
 
-def own_positions(x: Tensor, layout: Layout) -> Tensor:
-    """What this rank has of each sequence. x: [B, T].
+def fill(model: nn.Module, read: Callable[[str, Tensor], Tensor], device: str) -> None:
+    """Bring a model from the meta device to one where its parameters have values.
 
-    Raises:
-        ValueError: sequences do not divide.
+    `read` gives the whole of one for its name and an empty tensor; a rank keeps its part of it.
     """
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = read(name, torch.empty(parameter.shape))
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                value = distribute_tensor(value.to(device), mesh, placements, src_data_rank=None)
+            parameter.copy_(value)
+
+
+def own_positions(x: Tensor, layout: Layout) -> Tensor:
+    """What this rank has of each sequence. x: [B, T]."""
     if layout.context is None:
         return x
     if x.shape[1] % (layout.n_context * layout.n_tensor):
@@ -235,7 +224,7 @@ def clip_gradients(model: nn.Module, limit: float) -> float:
         groups.setdefault(mesh, []).append(gradient)
     if list(groups) == [None]:
         return torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
-    norms = [whole(torch.nn.utils.get_total_norm(group)) for group in groups.values()]
+    norms = [_whole(torch.nn.utils.get_total_norm(group)) for group in groups.values()]
     total = torch.stack(norms).norm().item()
     if total > limit:
         for gradient in gradients:
@@ -245,17 +234,11 @@ def clip_gradients(model: nn.Module, limit: float) -> float:
 
 def whole_state(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
     """All weights, whole, on the main rank; every rank must call it."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        value = whole(tensor)
-        if layout.is_main:
-            tensors[name] = value
-    return tensors
+    pairs = ((name, _whole(tensor)) for name, tensor in model.state_dict().items())
+    return {name: tensor for name, tensor in pairs if layout.is_main}
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be cut over ranks, whole, on the CPU."""
-    tensor = tensor.detach()
+def _whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
@@ -290,14 +273,5 @@ def all_lanes(states: list[LaneState], n_lanes: int, layout: Layout) -> list[Lan
 
 def any_rank(flag: bool, layout: Layout) -> bool:
     """Whether it is true on any rank: decisions are taken by all or by none."""
-    if layout.mesh is None:
-        return flag
-    value = torch.tensor(float(flag), device=layout.mesh.device_type)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value.item())
-
-
-def finish(layout: Layout) -> None:
-    """Leave the group of ranks."""
-    if layout.mesh is not None and dist.is_initialized():
-        dist.destroy_process_group()
+    device = layout.mesh.device_type if layout.mesh else "cpu"
+    return bool(summed(torch.tensor(float(flag), device=device), layout))

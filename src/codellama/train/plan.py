@@ -122,7 +122,7 @@ def plan(
     """
     stage = recipe.stage(stage_name)
     config = stage_config(recipe, stage)
-    device = _this_machine(stage) if hardware is None else _named(hardware)
+    device = _hardware(hardware, stage)
     n_sequences = stage.batch_tokens // stage.seq_len
     if n_sequences % (n_devices * stage.micro_batch):
         raise ValueError(
@@ -170,37 +170,36 @@ def plan_table(plans: list[dict[str, Any]]) -> list[dict[str, str]]:
             "stage": p["stage"],
             "from": p["init"],
             "parameters": f"{p['parameters']:,}",
-            "tokens": f"{p['tokens'] / 1e9:,.3g} B",
             "steps": f"{p['steps']:,}",
             "context": f"{p['seq_len']:,}",
             "GB a device": f"{p['memory_bytes']['total'] / 1e9:,.1f}",
-            "FLOPs": f"{p['flops']:.2e}",
-            f"{p['hardware']} hours": f"{p['device_hours']:,.2f}",
-            "kWh": f"{p['energy_kwh']:,.1f}",
-            "kg CO2": f"{p['co2_kg']:,.1f}",
+            **_sums([p]),
         }
         for p in plans
     ]
-    sums: dict[str, str] = dict.fromkeys(rows[0], "") | {"stage": "all"} if rows else {}
-    if rows:
-        sums["tokens"] = f"{sum(p['tokens'] for p in plans) / 1e9:,.3g} B"
-        sums["FLOPs"] = f"{sum(p['flops'] for p in plans):.2e}"
-        sums[f"{plans[0]['hardware']} hours"] = f"{sum(p['device_hours'] for p in plans):,.2f}"
-        sums["kWh"] = f"{sum(p['energy_kwh'] for p in plans):,.1f}"
-        sums["kg CO2"] = f"{sum(p['co2_kg'] for p in plans):,.1f}"
-        rows.append(sums)
-    return rows
+    return [*rows, dict.fromkeys(rows[0], "") | {"stage": "all"} | _sums(plans)] if rows else []
 
 
-def _this_machine(stage: Stage) -> Hardware:
+def _sums(plans: list[dict[str, Any]]) -> dict[str, str]:
+    """What adds up over stages."""
+    keys = ("tokens", "flops", "device_hours", "energy_kwh", "co2_kg")
+    n_tokens, flops, hours, kwh, kg = (sum(p[key] for p in plans) for key in keys)
+    return {
+        "tokens": f"{n_tokens / 1e9:,.3g} B",
+        "FLOPs": f"{flops:.2e}",
+        f"{plans[0]['hardware']} hours": f"{hours:,.2f}",
+        "kWh": f"{kwh:,.1f}",
+        "kg CO2": f"{kg:,.1f}",
+    }
+
+
+def _hardware(name: str | None, stage: Stage) -> Hardware:
+    """A device by name; without one, this machine's."""
+    if name is not None:
+        if name not in HARDWARE:
+            raise ValueError(f"hardware {name!r}: expected one of {', '.join(HARDWARE)}")
+        return HARDWARE[name]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rate = matrix_flops_per_s(device, DTYPES[stage.dtype])
-    if device == "cpu":
-        return Hardware("this machine", round(rate), CPU_MFU, CPU_WATTS)
-    return Hardware("this machine", round(rate), 0.45, HARDWARE["h100"].watts)
-
-
-def _named(name: str) -> Hardware:
-    if name not in HARDWARE:
-        raise ValueError(f"hardware {name!r}: expected one of {', '.join(HARDWARE)}")
-    return HARDWARE[name]
+    rate = round(matrix_flops_per_s(device, DTYPES[stage.dtype]))
+    mfu, watts = (0.45, HARDWARE["h100"].watts) if device == "cuda" else (CPU_MFU, CPU_WATTS)
+    return Hardware("this machine", rate, mfu, watts)

@@ -19,15 +19,10 @@ class Progress:
     def __init__(self, n_steps: int, first_step: int, is_main: bool = True) -> None:
         self._is_main = is_main
         console = Console(file=sys.stderr)
-        self._bar = Bar(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not (is_main and console.is_terminal),
-        )
+        columns = TextColumn("training"), BarColumn(), MofNCompleteColumn()
+        facts = TextColumn("{task.fields[facts]}"), TimeRemainingColumn()
+        is_hidden = not (is_main and console.is_terminal)
+        self._bar = Bar(*columns, *facts, console=console, disable=is_hidden)
         self._task = self._bar.add_task("", total=n_steps, completed=first_step, facts="")
         self._n_steps = n_steps
         self._first = (first_step, time.monotonic())
@@ -42,18 +37,14 @@ class Progress:
             self._last_line = now
             step, begin = self._first
             left_s = (now - begin) / max(1, row["step"] - step) * (self._n_steps - row["step"])
-            print(
-                f"step {row['step']}/{self._n_steps}  {facts}  {left_s / 60:.0f} min left",
-                file=sys.stderr,
-                flush=True,
-            )
+            place = f"step {row['step']}/{self._n_steps}"
+            print(f"{place}  {facts}  {left_s / 60:.0f} min left", file=sys.stderr, flush=True)
 
     def note(self, step: int, result: dict[str, float]) -> None:
         """Print a validation result."""
-        if not self._is_main:
-            return
-        facts = "  ".join(f"{name} {value:.4f}" for name, value in result.items())
-        self._bar.console.print(f"step {step}  {facts}", highlight=False)
+        if self._is_main:
+            facts = "  ".join(f"{name} {value:.4f}" for name, value in result.items())
+            self._bar.console.print(f"step {step}  {facts}", highlight=False)
 
     def __enter__(self) -> Progress:
         self._bar.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from torch.utils.checkpoint import (
 )
 
 from codellama.model.config import ModelConfig
-from codellama.model.lora import add_adapters
-from codellama.model.transformer import Transformer
+from codellama.model.lora import ADAPTERS, add_adapters, initialise_adapter
+from codellama.model.source import check_tensors, read_checked
+from codellama.model.transformer import Transformer, initialise
 from codellama.recipe import Recipe, Stage
 from codellama.tokenizer import Tokenizer
 from codellama.tokenizer.variants import VARIANTS
-from codellama.weights import build_model, open_weights
+from codellama.weights import open_weights
 
 _PRODUCTS = {"aten.mm", "aten.addmm", "aten.bmm"}
 N_ADDED_PIECES = 16  # what Code Llama adds to Llama 2's vocabulary (fact sheet 2.2)
@@ -62,46 +64,62 @@ def stage_tokenizer(recipe: Recipe, stage: Stage) -> Tokenizer:
     return tokenizer
 
 
-def initial_model(recipe: Recipe, stage: Stage, tokenizer: Tokenizer) -> Transformer:
-    """The float32 model that a stage starts from, ready to train.
+def initial_model(
+    recipe: Recipe, stage: Stage, tokenizer: Tokenizer
+) -> tuple[Transformer, Callable[[str, Tensor], Tensor]]:
+    """The model that a stage starts from, on the meta device, and what reads its weights.
+
+    It is called with the name of each parameter in the model's order and an empty tensor, and
+    returns float32. So a process that keeps parts of all weights never holds all of them.
 
     Raises:
         ValueError: the parent stage is not trained, its weights are damaged, or they do not fit the
             vocabulary.
     """
-    if stage.init == "random":
+    generator, for_adapters = (torch.Generator().manual_seed(stage.seed) for _ in range(2))
+    weights = None if stage.init == "random" else open_weights(_parent(recipe, stage))
+    if weights is None:
         config = stage_config(recipe, stage)
-        _check_vocabulary(config.vocab_size, tokenizer)
-        model = Transformer(config)
-        model.initialise(torch.Generator().manual_seed(stage.seed))
-        return prepared(model, stage)
-    parent: str | Path = stage.init
-    if stage.init in recipe.stages:
-        parent = recipe.run_dir(stage.init) / "checkpoint"
-        if not parent.is_dir():
-            raise ValueError(f"stage {stage.init!r} comes first: {parent} does not exist")
-    loaded = build_model(open_weights(parent), dtype="float32")
-    state = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
-    config = loaded.config
-    config = config.replace(
-        # Short dialogs do not take away the long context that an earlier stage gave.
-        max_position_embeddings=max(config.max_position_embeddings, stage.seq_len),
-        rope_theta=stage.rope_theta or config.rope_theta,
-    )
-    n_missing = tokenizer.vocab_size - config.vocab_size
-    if n_missing == N_ADDED_PIECES:
-        generator = torch.Generator().manual_seed(stage.seed)
-        for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            state[name] = _with_rows(state[name], n_missing, config.initializer_range, generator)
-        config = config.replace(vocab_size=tokenizer.vocab_size)
-    elif n_missing == -N_ADDED_PIECES and stage.variant is not None:
-        for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            state[name] = state[name][: tokenizer.vocab_size].clone()
-        config = config.replace(vocab_size=tokenizer.vocab_size)
-    _check_vocabulary(config.vocab_size, tokenizer)
-    model = Transformer(config)
-    model.load_state_dict(state)
-    return prepared(model, stage)
+    else:
+        check_tensors(weights)
+        config = weights.config.replace(
+            # Short dialogs do not take away the long context that an earlier stage gave.
+            max_position_embeddings=max(weights.config.max_position_embeddings, stage.seq_len),
+            rope_theta=stage.rope_theta or weights.config.rope_theta,
+        )
+        n_missing = tokenizer.vocab_size - config.vocab_size
+        # The infilling pieces are added, or left out where the variant has none.
+        if n_missing == N_ADDED_PIECES or (n_missing == -N_ADDED_PIECES and stage.variant):
+            config = config.replace(vocab_size=tokenizer.vocab_size)
+    if config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"the model has vocab_size {config.vocab_size}, the tokenizer {tokenizer.vocab_size}"
+        )
+
+    def read(name: str, empty: Tensor) -> Tensor:
+        if name.endswith(ADAPTERS):
+            return initialise_adapter(name, empty, for_adapters)
+        if weights is None:
+            return initialise(name, empty, config, generator)
+        tensor = read_checked(weights, name, torch.float32)
+        if len(tensor) < len(empty):  # the paper does not say how the rows of new pieces begin
+            rows = tensor.new_empty(len(empty) - len(tensor), empty.shape[1])
+            nn.init.normal_(rows, 0, config.initializer_range, generator)
+            tensor = torch.cat((tensor, rows))
+        return tensor[: len(empty)]
+
+    with torch.device("meta"):
+        return prepared(Transformer(config), stage), read
+
+
+def _parent(recipe: Recipe, stage: Stage) -> Path | str:
+    """Where the weights lie that a stage starts from."""
+    if stage.init not in recipe.stages:
+        return stage.init
+    parent = recipe.run_dir(stage.init) / "checkpoint"
+    if not parent.is_dir():
+        raise ValueError(f"stage {stage.init!r} comes first: {parent} does not exist")
+    return parent
 
 
 def prepared(model: Transformer, stage: Stage) -> Transformer:
@@ -124,14 +142,3 @@ def _keeping_products() -> Any:
         return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
-
-
-def _with_rows(weight: Tensor, n_rows: int, std: float, generator: torch.Generator) -> Tensor:
-    """Add rows for the infilling pieces; the paper does not say how they begin."""
-    rows = nn.init.normal_(weight.new_empty(n_rows, weight.shape[1]), 0, std, generator)
-    return torch.cat((weight, rows))
-
-
-def _check_vocabulary(n_rows: int, tokenizer: Tokenizer) -> None:
-    if n_rows != tokenizer.vocab_size:
-        raise ValueError(f"the model has vocab_size {n_rows}, the tokenizer {tokenizer.vocab_size}")

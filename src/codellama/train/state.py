@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,17 +32,15 @@ from codellama.artifact import MANIFEST, new_folder, read_manifest, sha256_file,
 from codellama.train.optim import Optimizer
 from codellama.train.parallel import ALONE, Layout, from_main
 
-_TENSORS = "tensors.safetensors"  # of one process; several write a file each
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 _SUMS = "SHA256SUMS"
 
 
 class StateWriter:
-    """Writes train states of one run in a thread, from copies, so that training goes on meanwhile.
+    """Writes the states of one run in a thread, from copies; the next waits for the one before.
 
-    One at a time: the next one waits for the one before. It also deletes all but the newest `keep`,
-    and the states of later steps: a run is at a step again only because they are damaged. Every
-    rank has one and calls it alike; each writes what it holds.
+    Then deletes all but the newest `keep`, and those of later steps: a run is at a step again only
+    because they are damaged. Every rank has one and calls it alike; each writes what it holds.
     """
 
     def __init__(self, run_dir: Path, keep: int, layout: Layout = ALONE) -> None:
@@ -94,10 +93,7 @@ class StateWriter:
                 target = from_main(target, layout, group)
                 if isinstance(target, OSError):
                     raise target
-                if layout.is_alone:
-                    _save_whole(tensors, target / _TENSORS)
-                else:
-                    _save_parts(tensors, target, group)
+                _save(tensors, target, group)
                 if layout.is_main:
                     write_manifest(target, "train-state", step=step, position=position)
                     (target / _SUMS).write_text(_checksums(target), encoding="utf-8")
@@ -122,18 +118,16 @@ def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def _save_whole(tensors: dict[str, Tensor], path: Path) -> None:
+def _save(tensors: dict[str, Tensor], folder: Path, group: Any) -> None:
+    """Write what this rank holds; several write a file each, with places in its header."""
     try:
-        save_file(tensors, path)
+        if group is None:
+            save_file(tensors, folder / "tensors.safetensors")
+        else:
+            writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+            state_dict_saver.save(tensors, storage_writer=writer, process_group=group)
     except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written: {error}") from None
-
-
-def _save_parts(tensors: dict[str, Tensor], folder: Path, group: Any) -> None:
-    """Each rank writes its parts, as safetensors with their places in the header."""
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    try:
-        state_dict_saver.save(tensors, storage_writer=writer, process_group=group)
+        raise OSError(f"{folder}: cannot be written: {error}") from None
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
         raise OSError(f"{folder}: cannot be written: {reason}") from None
@@ -142,10 +136,15 @@ def _save_parts(tensors: dict[str, Tensor], folder: Path, group: Any) -> None:
 def load_latest_state(
     run_dir: Path,
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | None = None,
     layout: Layout = ALONE,
+    step: int | None = None,
 ) -> tuple[int, dict[str, Any]] | None:
     """Restore model and optimiser from the newest undamaged state, whatever wrote it.
+
+    Args:
+        optimizer: None restores the weights only.
+        step: take the state behind this one only.
 
     Returns:
         (step, position), or None where there is no state at all.
@@ -153,22 +152,21 @@ def load_latest_state(
     Raises:
         ValueError: there are states, and every one of them is damaged.
     """
-    found = from_main(_newest(run_dir) if layout.is_main else None, layout)
+    found = from_main(_newest(run_dir, step) if layout.is_main else None, layout)
     if isinstance(found, ValueError):
         raise found
     if found is None:
         return None
     folder, manifest = found
-    if layout.is_alone and (folder / _TENSORS).exists():
-        _restore(load_file(folder / _TENSORS), model, optimizer)
-    else:
-        _restore_parts(folder, model, optimizer, layout)
+    _restore(folder, model, optimizer, layout)
     return manifest["step"], manifest["position"]
 
 
-def _newest(run_dir: Path) -> tuple[Path, dict[str, Any]] | ValueError | None:
+def _newest(run_dir: Path, step: int | None) -> tuple[Path, dict[str, Any]] | ValueError | None:
     """The newest folder whose checksums hold; an error where none of several does."""
     folders = _state_folders(run_dir)
+    if step is not None:
+        folders = [folder for folder in folders if folder.name == f"step-{step:08d}"]
     for folder in folders:
         try:
             # Bytes: a flipped bit may leave no text.
@@ -190,37 +188,29 @@ def _checksums(folder: Path) -> str:
     return "".join(f"{sha256_file(folder / name)}  {name}\n" for name in names)
 
 
-def _restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: Optimizer) -> None:
-    """Copy a state's tensors into a model and its optimiser."""
-    if "rng" in tensors:
-        torch.set_rng_state(tensors["rng"])
-    with torch.no_grad():
-        for name, parameter in _learned(model).items():
-            parameter.copy_(tensors[f"model.{name}"])
-            # Clones: the file's tensors are mapped to a file that will be deleted. There are none
-            # where every step so far was skipped.
-            optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(parameter.device, copy=True)
-                for key in _MOMENTS
-                if f"{key}.{name}" in tensors
-            }
-
-
-def _restore_parts(folder: Path, model: nn.Module, optimizer: Optimizer, layout: Layout) -> None:
+def _restore(folder: Path, model: nn.Module, optimizer: Optimizer | None, layout: Layout) -> None:
     """Read what this rank holds of each tensor, however the ranks that wrote it were laid out."""
     reader = HuggingFaceStorageReader(str(folder))
     written = reader.read_metadata().state_dict_metadata
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in _learned(model).items():
-        tensors[f"model.{name}"] = torch.empty_like(parameter)
-        for key in _MOMENTS:
-            if f"{key}.{name}" in written:
-                is_count = key == "step"
-                tensors[f"{key}.{name}"] = (
-                    torch.zeros(()) if is_count else torch.empty_like(parameter)
-                )
-    state_dict_loader.load(tensors, storage_reader=reader, no_dist=layout.is_alone)
-    _restore(tensors, model, optimizer)
+    learned = _learned(model)
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in learned.items()}
+    if optimizer is not None:
+        for name, parameter in learned.items():
+            # Every rank counts all steps; no moments where every step so far was skipped.
+            moments = {
+                key: torch.zeros(()) if key == "step" else torch.empty_like(parameter.detach())
+                for key in _MOMENTS
+                if f"{key}.{name}" in written
+            }
+            tensors |= {f"{key}.{name}": tensor for key, tensor in moments.items()}
+            optimizer.state[parameter] = moments
+        if layout.is_alone and "rng" in written:
+            tensors["rng"] = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        state_dict_loader.load(tensors, storage_reader=reader, no_dist=layout.is_alone)
+    if "rng" in tensors:
+        torch.set_rng_state(tensors["rng"])
 
 
 def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
