@@ -70,8 +70,9 @@ def complete(
             engine = Endpoint((model or "").split(","))
         else:
             engine = _engine(model, device, dtype)
-        wanted = [row.get("prompt") for row in read_rows(prompts)]
-        if not all(isinstance(text, str) for text in wanted):
+        rows = read_rows(prompts)
+        wanted = [row["prompt"] for row in rows if isinstance(row.get("prompt"), str)]
+        if len(wanted) < len(rows):
             raise ValueError(f'{prompts}: expected lines of {{"prompt": "..."}}')
         with terminal.byte_progress("prompts", in_bytes=False) as progress:
             complete_into(out, engine, wanted, params, progress)
