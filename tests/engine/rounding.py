@@ -1,9 +1,11 @@
 """What the compiled products of integers compute, in PyTorch."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
-from codellama.engine.native import FEW_ROWS
+from codellama.engine.native import FEW_ROWS, _multiply, library
 from codellama.model.quantize import Int8Linear
 
 
@@ -27,9 +29,16 @@ def matrix_of(linear):
     return (((integers * factors + offsets) / 256).floor() * largest / 127).flatten(1)
 
 
+@functools.cache
+def has_tiles():
+    """Whether this processor has a matrix unit for integers, and a compiler that knows it."""
+    linear = Int8Linear.quantized(torch.ones(16, 16))
+    return library() is not None and _multiply(library(), linear, torch.ones(9, 16)) is not None
+
+
 def multiplied(linear, x):
     """As the step does it: few rows keep their inputs for int8, and round groups of 32 for int4."""
-    if len(x) > FEW_ROWS:
+    if len(x) > FEW_ROWS and has_tiles():
         return (rounded(x.float()) @ matrix_of(linear).T).to(x.dtype)
     if isinstance(linear, Int8Linear):
         return None
