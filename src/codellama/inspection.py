@@ -8,6 +8,7 @@ manifests and metrics that lie in their folders. Nothing is opened that these do
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ def _lines(facts: dict[str, Any], indent: str, in_bytes: bool = False) -> list[s
             lines += [f"{indent}{name}", *_lines(value, indent + "  ", are_bytes)]
         else:
             shown = _size(value) if are_bytes and isinstance(value, int) else _text(value)
+            if "\n" in shown:  # a text, below its name
+                shown = "\n" + textwrap.indent(shown.rstrip(), f"{indent}    ")
             lines.append(f"{indent}{name!s:{width}}  {shown}")
     return lines
 

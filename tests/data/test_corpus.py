@@ -8,6 +8,7 @@ import pytest
 from trees import program
 
 from codellama.artifact import write_manifest
+from codellama.cli import run_command
 from codellama.data import corpus
 from codellama.data.corpus import CorpusReader, ShardWriter, corpus_documents
 
@@ -50,6 +51,20 @@ def test_reads_what_was_written_in_any_order(folder: Path) -> None:
     assert reader.row(17) == row(17, "train")
     assert list(CorpusReader(folder, "validation")) == TEXTS[50:]
     assert reader.fingerprint == "f"
+
+
+def test_random_documents_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    beginnings = {f"r/{n}.py": TEXTS[n][:600] for n in range(50)}
+    shown: set[str] = set()
+    for _ in range(5):
+        assert run_command(["inspect", str(folder), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["random_documents"]
+        assert len(found) == 3
+        assert found.items() <= beginnings.items()
+        shown |= found.keys()
+    assert len(shown) > 3  # the same three each time: p = 10^-17
+    assert run_command(["inspect", str(folder)]) == 0
+    assert any(f"\n      {text.split()[0]}" in capsys.readouterr().out for text in TEXTS)
 
 
 def test_a_small_cache_gives_the_same_texts_and_stays_small(folder: Path) -> None:

@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from trees import make_recipe, program, write_tree, write_wheel
 
+from codellama.cli import run_command
 from codellama.data import listing, prepare, shuffle
 from codellama.data.corpus import CorpusReader
 from codellama.data.prepare import plan_corpus, prepare_corpus
+from codellama.recipe import load_recipe
 
 FILES: dict[str, str | bytes] = {f"pkg{n % 8}/module_{n}.py": program(f"f{n}") for n in range(40)}
 JUNK: dict[str, str | bytes] = {
@@ -362,6 +364,52 @@ def test_a_new_source_leaves_the_others_as_they_are(
     (example,) = manifest(folder)["dropped"]["near duplicate"]["examples"]
     assert example == "new/copy.py (like pkg1/module_1.py)"
     assert manifest(folder)["cluster_sizes"] == {"3": 1}
+
+
+def test_a_dry_run_says_what_is_left_and_writes_nothing(
+    tree: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_wheel(tmp_path / "work/sources", "there", {"there/m.py": program("there")})
+    (tree / "pkg7/b.txt").write_text("a benchmark")
+    (tmp_path / "recipe.toml").write_text(f"""
+        name = "test"
+        work = "{tmp_path}/work"
+        model.name = "tiny"
+        stages.code = {{ steps = 1, batch_tokens = 512, micro_batch = 1, peak_lr = 1e-3 }}
+        [corpus]
+        benchmarks.paths = ["{tree}/pkg7"]
+        sources = [
+            {{ name = "tree", path = "{tree}" }},
+            {{ name = "wheels", kind = "pypi", packages = ["there", "not-fetched"] }}
+        ]""")
+
+    def planned() -> list[dict[str, Any]]:
+        assert run_command(["prepare", f"{tmp_path}/recipe.toml", "--dry-run", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    before = sorted(tmp_path.rglob("*"))
+    first, wheels = planned()
+    assert sorted(tmp_path.rglob("*")) == before
+    n_bytes = sum(file.stat().st_size for file in tree.rglob("*.py"))
+    assert first == {
+        "source": "tree",
+        "kind": "tree",
+        "n_units": 2,
+        "n_bytes": n_bytes,
+        "to_read_bytes": n_bytes,
+        "n_other_files": 9,  # licences, and the benchmark
+        "unavailable": {},
+    }
+    assert wheels["n_units"] == 1
+    assert wheels["unavailable"] == {"wheels/not-fetched": "could not be fetched"}
+    monkeypatch.setattr(listing, "fetch_wheel", listing.cached_wheel)
+    prepare_corpus(load_recipe(tmp_path / "recipe.toml"))
+    assert [row["to_read_bytes"] for row in planned()] == [0, 0]
+    assert run_command(["prepare", f"{tmp_path}/recipe.toml", "--dry-run"]) == 0
+    assert "not-fetched" in capsys.readouterr().out
 
 
 def test_a_new_batch_against_an_existing_corpus(tree: Path, tmp_path: Path) -> None:

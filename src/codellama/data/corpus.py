@@ -9,6 +9,7 @@ In: rows as Arrow tables. Out: `CorpusReader`, texts by index.
 
 from __future__ import annotations
 
+import random
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -216,6 +217,17 @@ class CorpusReader:
         else:
             self._cache.move_to_end(group)
         return table.column(column)[index - self._starts[group]].as_py()
+
+
+def random_documents(folder: Path, n: int = 3, n_chars: int = 600) -> dict[str, str]:
+    """The beginnings of some documents to train on, by where they come from; others each time.
+
+    Raises:
+        ValueError: not a corpus folder, or a shard is missing.
+    """
+    reader = CorpusReader(folder, "train", verify=False)
+    rows = [reader.row(index) for index in random.sample(range(len(reader)), min(n, len(reader)))]
+    return {f"{row['repository']}/{row['path']}": row["text"][:n_chars] for row in rows}
 
 
 def corpus_documents(folder: str | Path, split: Split) -> CorpusReader:

@@ -62,8 +62,6 @@ def prepare_corpus(recipe: Recipe, ray: str | None = None) -> Path:
     """
     folder = recipe.corpus_dir.absolute()
     console = Console(stderr=True)
-    if ray:
-        _connect(ray)  # first of all: Daft keeps the runner that its first use chose
     with only_process(folder.parent, "is preparing a corpus here"):
         with console.status("listing sources …"):
             work = _plan(recipe, build=True)
@@ -214,7 +212,7 @@ def _stage(work: _Work, console: Console, ray: str | None) -> None:
 
 
 def _run(missing: list[Staged], work: _Work, ray: str | None) -> Iterator[None]:
-    """Stage units, in this process if it is little, else wherever Daft does."""
+    """Stage units, in this process if it is little, else in processes or on a cluster."""
     sources, settings = work.sources, work.settings
     if not ray and sum(s.unit.n_bytes for s in missing) < IN_PROCESS_BYTES:
         for s in missing:
@@ -223,29 +221,34 @@ def _run(missing: list[Staged], work: _Work, ray: str | None) -> Iterator[None]:
         return
     # Large units first: the last one decides when all are done.
     missing = sorted(missing, key=lambda s: -s.unit.n_bytes)
-    frame = daft.from_pydict(
-        {
-            "unit": [json.dumps(asdict(s.unit)) for s in missing],
-            "source": [sources[s.unit.source].model_dump_json() for s in missing],
-            "key": [s.path.stem for s in missing],
-        }
-    )
-    frame = frame.into_partitions(len(missing)) if ray else frame.into_batches(1)
+    fields = {
+        "unit": [json.dumps(asdict(s.unit)) for s in missing],
+        "source": [sources[s.unit.source].model_dump_json() for s in missing],
+        "settings": [settings.to_json()] * len(missing),
+        "folder": [str(work.folder)] * len(missing),
+        "key": [s.path.stem for s in missing],
+    }
+    if ray:
+        yield from _on_ray(ray, fields)
+        return
     stage = daft.func(stage_json, return_dtype=daft.DataType.string(), use_process=True)
-    arguments = (settings.to_json(), str(work.folder))
-    done: Any = stage(col("unit"), col("source"), *arguments, col("key"))
-    for _ in frame.select(done.alias("key")).to_arrow_iter():
+    done: Any = stage(*map(col, fields))
+    for _ in daft.from_pydict(fields).into_batches(1).select(done.alias("done")).to_arrow_iter():
         yield
 
 
-def _connect(address: str) -> None:
-    """Let Daft run on a Ray cluster.
+def _on_ray(address: str, fields: dict[str, list[str]]) -> Iterator[None]:
+    """Stage units as tasks of a Ray cluster, which starts those of a lost node again.
+
+    Plain tasks, for Daft's runner has one Python process on each node, whatever its cores.
 
     Raises:
         ValueError: Ray is not installed, or no cluster answers there.
+        RuntimeError: a task failed in the end.
     """
     try:
         import ray  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError("--ray: Ray is not installed; install codellama[ray]") from None
     if not ray.is_initialized():
@@ -253,7 +256,15 @@ def _connect(address: str) -> None:
             ray.init(address=address, log_to_driver=False)
         except (ConnectionError, RuntimeError) as error:
             raise ValueError(f"--ray {address}: no cluster answers: {error}") from None
-    daft.set_runner_ray(noop_if_initialized=True)
+    stage = ray.remote(max_retries=ATTEMPTS)(stage_json)
+    tasks = [stage.remote(*row) for row in zip(*fields.values(), strict=True)]
+    while tasks:
+        done, tasks = ray.wait(tasks)
+        try:
+            ray.get(done)
+        except RayError as error:
+            raise RuntimeError(str(error).strip().splitlines()[-1]) from None
+        yield
 
 
 def _build(work: _Work, folder: Path, console: Console) -> dict[str, Any]:
