@@ -23,7 +23,7 @@ if __name__ == "__main__":
     import torch
 
     from codellama.recipe import load_recipe
-    from codellama.train import TrainingStopped, loop, loss, state, train
+    from codellama.train import TrainingStopped, loop, loss, parallel, state, train
 
 
 def kill_self() -> None:
@@ -112,7 +112,7 @@ def hinder(request: dict) -> None:
                 os.kill(os.getpid(), number)
 
         on_call(torch.optim.AdamW, "step", at, signalled)
-    clip = loop.clip_gradients
+    clip = parallel.clip_gradients
     calls = 0
 
     def spoiled(model, limit):
@@ -131,7 +131,7 @@ def hinder(request: dict) -> None:
             own[0, 0] = float(request.get("instead", "nan"))
         return clip(model, limit)
 
-    loop.clip_gradients = spoiled
+    parallel.clip_gradients = spoiled
     if found := request.get("disk_error_at_flush"):
         number, at = found
         on_call(os, "fsync", at, partial(fail, number))

@@ -33,23 +33,12 @@ from codellama.model.lora import merged_state, save_adapter
 from codellama.model.transformer import Transformer
 from codellama.recipe import Recipe, Stage
 from codellama.tokenizer import Tokenizer
+from codellama.train import parallel
 from codellama.train.health import Health
 from codellama.train.loss import LossFunction, can_compile
 from codellama.train.metrics import MetricsLog, draw_curve, matrix_flops_per_s
 from codellama.train.optim import Optimizer, learning_rate, make_optimizer
-from codellama.train.parallel import (
-    Layout,
-    all_lanes,
-    any_rank,
-    clip_gradients,
-    distribute,
-    fill,
-    from_main,
-    gathered,
-    make_layout,
-    summed,
-    whole_state,
-)
+from codellama.train.parallel import Layout
 from codellama.train.progress import Progress
 from codellama.train.run_folder import (
     RECORD,
@@ -112,7 +101,9 @@ class Run:
 
     def gather_lanes(self) -> None:
         """Let this rank know where the lanes of all ranks stand; every rank must call it."""
-        self.loader.states = all_lanes(self.loader.states, self.loader.n_lanes, self.layout)
+        self.loader.states = parallel.all_lanes(
+            self.loader.states, self.loader.n_lanes, self.layout
+        )
 
     def resume(self, keep_place: bool = False) -> bool:
         """Go to the newest undamaged state; `keep_place` leaves the loader where it is."""
@@ -153,12 +144,12 @@ def train(
     stage = recipe.stage(stage_name)
     folder = recipe.run_dir(stage_name)
     checkpoint = folder / "checkpoint"
-    layout = make_layout(device, n_replicas, n_tensor, n_context)
+    layout = parallel.make_layout(device, n_replicas, n_tensor, n_context)
     folder.mkdir(parents=True, exist_ok=True)
     with only_trainer(folder, layout.is_main), stop_signals() as stop:
         record = run_record(recipe, stage_name)
         check_same_run(folder, record)
-        if from_main(checkpoint.is_dir(), layout):
+        if parallel.from_main(checkpoint.is_dir(), layout):
             if layout.is_main:
                 print(f"{checkpoint}: already trained", file=sys.stderr)
             return checkpoint
@@ -168,8 +159,8 @@ def train(
         if stage.lora is not None and layout.n_tensor > 1:
             raise ValueError("tensor-parallel parts have no lora: give shards or contexts instead")
         loss = LossFunction(model, stage, layout)
-        forward = distribute(model, layout, loss, stage.compile and can_compile())
-        fill(model, read, device)
+        forward = parallel.distribute(model, layout, loss, stage.compile and can_compile())
+        parallel.fill(model, read, device)
         if layout.is_main:
             # Not before everything was found: a start that fails must not hold the folder.
             write_file(folder / RECORD, json.dumps(record, indent=2) + "\n")
@@ -201,7 +192,7 @@ def train(
             shares = cache(open_shares)  # opened here only when asked for, and checked once
             _take_steps(run, forward, shares, tensorboard)
             run.gather_lanes()
-        weights = whole_state(model, layout)
+        weights = parallel.whole_state(model, layout)
         if layout.is_main:
             report = mixture_report(shares(), loader.states)
             write_file(folder / "mixture.json", json.dumps(report, indent=2) + "\n")
@@ -211,7 +202,7 @@ def train(
             save_checkpoint(
                 checkpoint, model.config, weights, stage.dtype, write_more=tokenizer.save
             )
-        from_main(None, layout)  # nobody goes on before it is there
+        parallel.from_main(None, layout)  # nobody goes on before it is there
     return checkpoint
 
 
@@ -281,7 +272,7 @@ def _take_steps(
                     _draw(run)
                 # Not among skipped steps: the way back leads to a state from before them.
                 due = run.step % stage.save_every == 0 and problem is None
-                is_stopping = any_rank(bool(run.stop), layout)
+                is_stopping = parallel.any_rank(bool(run.stop), layout)
                 if due or is_last or is_stopping:
                     run.save()
                 last = time.perf_counter()
@@ -318,7 +309,7 @@ def _validate(run: Run, by_kind: bool) -> dict[str, float]:
     if by_kind and len(run.held_out) > 0:
         parts |= {f"_{name}": found for name, found in by_kinds(run.held_out).items()}
     result: dict[str, float] = {}
-    with gathered(run.model):
+    with parallel.gathered(run.model):
         for name, documents in parts.items():
             if len(documents) > 0:
                 scores = validate(run.model, run.tokenizer, documents, run.stage)
@@ -337,7 +328,7 @@ def _gradients(
     layout = run.layout
     # Ranks average their gradients; what is wanted is the sum. All of a context read all of it.
     n_parts = layout.n_data * layout.n_context
-    n_tokens = summed(batch.loss_mask.sum().to(device), layout).clamp(min=1).cpu()
+    n_tokens = parallel.summed(batch.loss_mask.sum().to(device), layout).clamp(min=1).cpu()
     weights = batch.loss_mask.float() / n_tokens * n_parts * layout.n_context
     for micro, weight in zip(
         batch.micro_batches(run.stage.micro_batch),
@@ -347,14 +338,14 @@ def _gradients(
         part = forward(micro.to(device), weight.to(device))
         part.backward()
         loss += part.detach()
-    norm = clip_gradients(run.model, run.stage.grad_clip)
-    return (summed(loss, layout) / n_parts).item(), norm
+    norm = parallel.clip_gradients(run.model, run.stage.grad_clip)
+    return (parallel.summed(loss, layout) / n_parts).item(), norm
 
 
 def _note_skipped(run: Run, problem: str, before: list[LaneState], shares: Shares) -> None:
     """Warn of a step that was not taken, and record the documents of its batch."""
     warn(run.layout, f"step {run.step} skipped: {problem}")
-    lanes = all_lanes(before, run.loader.n_lanes, run.layout)
+    lanes = parallel.all_lanes(before, run.loader.n_lanes, run.layout)
     if not run.layout.is_main:
         return
     settings = packing_settings(run.stage)

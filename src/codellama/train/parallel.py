@@ -22,13 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import parallel as styles
 
 from codellama.data.packing import LaneState, lanes_of_rank
 from codellama.model.attention import Attend
@@ -40,7 +34,7 @@ def _tensor_plan() -> Any:
     whole, cut = Replicate(), Shard(1)
 
     def moved(x: Any, wanted: Any, *others: None, use_local_output: bool = False) -> Any:
-        return PrepareModuleInput(
+        return styles.PrepareModuleInput(
             input_layouts=(x, *others),
             desired_input_layouts=(wanted, *others),
             use_local_output=use_local_output,
@@ -48,14 +42,14 @@ def _tensor_plan() -> Any:
 
     return {
         "layers.0": moved(whole, cut, None, None, use_local_output=True),
-        "layers.*.*_layernorm": SequenceParallel(),
+        "layers.*.*_layernorm": styles.SequenceParallel(),
         "layers.*.self_attn": moved(cut, whole, None, None),
-        "layers.*.self_attn.[qkv]_proj": ColwiseParallel(),
-        "layers.*.self_attn.o_proj": RowwiseParallel(output_layouts=cut),
+        "layers.*.self_attn.[qkv]_proj": styles.ColwiseParallel(),
+        "layers.*.self_attn.o_proj": styles.RowwiseParallel(output_layouts=cut),
         "layers.*.mlp": moved(cut, whole),
-        "layers.*.mlp.gate_proj": ColwiseParallel(),
-        "layers.*.mlp.up_proj": ColwiseParallel(),
-        "layers.*.mlp.down_proj": RowwiseParallel(output_layouts=cut),
+        "layers.*.mlp.gate_proj": styles.ColwiseParallel(),
+        "layers.*.mlp.up_proj": styles.ColwiseParallel(),
+        "layers.*.mlp.down_proj": styles.RowwiseParallel(output_layouts=cut),
         "norm": moved(cut, whole, use_local_output=True),
     }
 
@@ -141,7 +135,7 @@ def distribute(
         for block in model.model.layers:  # between what FSDP2 gathers and sends; one graph for all
             block.forward = torch.compile(block.forward, dynamic=False)
     if layout.n_tensor > 1:
-        parallelize_module(model.model, layout.mesh["tensor"], _tensor_plan())
+        styles.parallelize_module(model.model, layout.mesh["tensor"], _tensor_plan())
     is_repeated = layout.mesh["replicas"].size() > 1
     data_mesh = layout.mesh["replicas", "parts"] if is_repeated else layout.mesh["parts"]
     for block in model.model.layers:

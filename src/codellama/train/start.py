@@ -9,12 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils import checkpoint as recomputing
+from torch.utils.checkpoint import CheckpointPolicy
 
 from codellama.model.config import ModelConfig
 from codellama.model.lora import ADAPTERS, add_adapters, initialise_adapter
@@ -43,12 +39,9 @@ def stage_config(recipe: Recipe, stage: Stage) -> ModelConfig:
         while root.init in recipe.stages:
             root = recipe.stages[root.init]
         config = open_weights(root.init).config
-    changes: dict[str, Any] = {}
     if stage.variant is not None:
-        changes["vocab_size"] = VARIANTS[stage.variant].vocab_size
-    if stage.rope_theta is not None:
-        changes["rope_theta"] = stage.rope_theta
-    return config.replace(**changes)
+        config = config.replace(vocab_size=VARIANTS[stage.variant].vocab_size)
+    return config.replace(rope_theta=stage.rope_theta or config.rope_theta)
 
 
 def stage_tokenizer(recipe: Recipe, stage: Stage) -> Tokenizer:
@@ -127,9 +120,10 @@ def prepared(model: Transformer, stage: Stage) -> Transformer:
     if stage.lora is not None:
         add_adapters(model, stage.lora, stage.seed)
     if stage.recompute != "none":
-        keep = _keeping_products if stage.recompute == "selective" else noop_context_fn
+        keep = _keeping_products if stage.recompute == "selective" else recomputing.noop_context_fn
         for block in model.model.layers:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=keep)
+            options: Any = {"use_reentrant": False, "context_fn": keep}
+            block.forward = partial(recomputing.checkpoint, block.forward, **options)
     return model.train()
 
 
@@ -141,4 +135,4 @@ def _keeping_products() -> Any:
         is_product = name in _PRODUCTS or "attention" in name
         return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    return recomputing.create_selective_checkpoint_contexts(policy)

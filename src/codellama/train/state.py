@@ -21,12 +21,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import hf_storage, state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
 
 from codellama.artifact import MANIFEST, new_folder, read_manifest, sha256_file, write_manifest
 from codellama.train.optim import Optimizer
@@ -124,7 +120,7 @@ def _save(tensors: dict[str, Tensor], folder: Path, group: Any) -> None:
         if group is None:
             save_file(tensors, folder / "tensors.safetensors")
         else:
-            writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+            writer = hf_storage.HuggingFaceStorageWriter(str(folder), save_distributed=True)
             state_dict_saver.save(tensors, storage_writer=writer, process_group=group)
     except SafetensorError as error:
         raise OSError(f"{folder}: cannot be written: {error}") from None
@@ -190,7 +186,7 @@ def _checksums(folder: Path) -> str:
 
 def _restore(folder: Path, model: nn.Module, optimizer: Optimizer | None, layout: Layout) -> None:
     """Read what this rank holds of each tensor, however the ranks that wrote it were laid out."""
-    reader = HuggingFaceStorageReader(str(folder))
+    reader = hf_storage.HuggingFaceStorageReader(str(folder))
     written = reader.read_metadata().state_dict_metadata
     learned = _learned(model)
     tensors = {f"model.{name}": parameter.detach() for name, parameter in learned.items()}
