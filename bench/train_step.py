@@ -289,6 +289,11 @@ def main() -> None:
         for way in ways[1:]
         for key in ("tokens_per_s", "peak_memory_mb")
     }
+    for way, found in medians.items():
+        speed, size = (found[key] for key in ("tokens_per_s", "peak_memory_mb"))
+        shares = f"{found['mfu']:.1%} of {found['matrix_gflops_per_s'] / 1000:.2f} TFLOP/s"
+        over = f"{ours['tokens_per_s'] / speed:.2f} | {ours['peak_memory_mb'] / size:.2f}"
+        print(f"| {way} | {speed:,.0f} | {size:,.0f} MB | {shares} | {over} |")
     print(
         json.dumps(
             {"bench": "train_step", **vars(options), "threads": torch.get_num_threads()}
