@@ -148,7 +148,7 @@ def test_the_result_is_the_components_of_all_candidate_pairs() -> None:
         for a in range(60):
             for b in range(a):
                 same = rows[a] == rows[b]
-                if same.reshape(8, 2).all(axis=1).any() and same.mean() >= 0.375:
+                if same.reshape(8, 2).all(axis=1).any() and same.mean() >= 0.25:
                     parent[max(root(a), root(b))] = min(root(a), root(b))
         chosen = representatives(rows, np.zeros(60), np.ones(60), settings)
         assert chosen.tolist() == [root(i) for i in range(60)]

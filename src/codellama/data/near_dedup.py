@@ -3,9 +3,9 @@
     text -> MinHash signature -> bands -> candidate pairs -> estimated Jaccard -> components
 
 Two documents are candidates where all hashes of one band are equal; a pair counts where the
-share of equal hashes, which estimates the Jaccard similarity, reaches the threshold less the
-estimate's standard deviation (with the threshold itself, half of the pairs at it are missed). What
-is connected by such pairs is a cluster, of which the longest document stays.
+share of equal hashes, which estimates the Jaccard similarity, reaches the threshold less twice the
+estimate's standard deviation (at the threshold itself, half of the pairs that have it are missed).
+What is connected by such pairs is a cluster, of which the longest document stays.
 
 It knows signatures and groups alone, no files. Groups are worked off in order and a later one never
 changes what was kept of an earlier one: so a new source or a new batch leaves the others alone.
@@ -100,7 +100,7 @@ def _components(
     everything = np.r_[kept, rows]
     n_kept = len(kept)
     threshold = settings.threshold
-    least = threshold - (threshold * (1 - threshold) / settings.n_hashes) ** 0.5
+    least = threshold - 2 * (threshold * (1 - threshold) / settings.n_hashes) ** 0.5
     # Of each place in `everything` its parent; a kept row never gets one, and a root that is a
     # kept row makes the whole tree its own.
     parent = np.arange(len(everything))
