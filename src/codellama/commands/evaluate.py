@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
@@ -121,7 +122,7 @@ def evaluate(
         counts = tuple(int(word) for word in lengths.split(","))
     except ValueError:
         raise typer.BadParameter(f"{lengths!r}: expected numbers with commas") from None
-    setting = harness.with_tokenizer(_setting(data, is_chat, judge, judge_model, counts), generator)
+    setting = _setting(data, is_chat, judge, judge_model, counts, generator.tokenizer)
     folder = out or Path("evals") / Path(facts["name"]).name
     options = harness.Options(limit, workers, evalplus)
     facts["chat"] = is_chat
@@ -163,7 +164,7 @@ def score(
     task = _task(tasks[0], _setting(data, False, judge, judge_model))
     found = read_samples(samples, task, partial)
     with _refusal():
-        result = score_samples(task, found, workers, _part(_progress(), "scoring"))
+        result = score_samples(task, found, workers, functools.partial(_progress(), "scoring"))
     if out is not None:
         from codellama.artifact import write_file
 
@@ -253,12 +254,13 @@ def _setting(
     chat: bool = False,
     judge: str | None = None,
     judge_model: str = "",
-    lengths: tuple[int, ...] = (8000, 16000, 24000),
+    lengths: tuple[int, ...] = (),
+    tokenizer: Any = None,
 ) -> Setting:
     from codellama.eval.judges import judges_for
     from codellama.eval.tasks import Setting
 
-    return Setting(data, chat, lengths=lengths, judges=judges_for(judge, judge_model))
+    return Setting(data, chat, tokenizer, lengths, judges_for(judge, judge_model))
 
 
 def _endpoint(urls: str, name: str | None, tokenizer: Path | None) -> Endpoint:
@@ -306,7 +308,3 @@ def _progress() -> Any:
             terminal.say(f"{what}: {done} of {total}")
 
     return show
-
-
-def _part(progress: Any, what: str) -> Any:
-    return lambda done, total: progress(what, done, total)

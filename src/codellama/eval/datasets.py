@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from codellama.artifact import write_file
+from codellama.eval.rows import parsed
 
 MAX_BYTES = 1 << 30  # a gzip file of a megabyte can hold a gigabyte of zeros
 KNOWN: dict[str, str] = {}
@@ -37,13 +38,23 @@ for _line in Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").spli
 
 @dataclass(frozen=True)
 class DataFile:
-    """A benchmark file in memory."""
+    """A benchmark file in memory, uncompressed, and the hash of its content."""
 
     path: str
     content: bytes
-    """Uncompressed."""
     sha256: str
-    """Of the content."""
+
+    @property
+    def text(self) -> str:
+        """The content as text.
+
+        Raises:
+            ValueError: it is not UTF-8.
+        """
+        try:
+            return self.content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}: cannot be read: {error}") from None
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of a JSON lines, JSON list or CSV file.
@@ -51,20 +62,16 @@ class DataFile:
         Raises:
             ValueError: the content is none of these; names the line.
         """
-        text = self.content.decode("utf-8-sig")
         name = self.path.removesuffix(".gz")
         if name.endswith(".csv"):
-            return list(csv.DictReader(io.StringIO(text)))
+            return list(csv.DictReader(io.StringIO(self.text)))
         if name.endswith(".json"):
-            return _dictionaries(self.path, json.loads(text))
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError as error:
-                    raise ValueError(f"{self.path}:{number}: not JSON: {error}") from None
-        return _dictionaries(self.path, rows)
+            rows = json.loads(self.text)
+        else:
+            rows = [row for _, row in parsed(self.path, self.text.split("\n"))]
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{self.path}: expected a list of objects")
+        return rows
 
 
 def data_file(name: str, given: Path | None = None) -> DataFile:
@@ -78,13 +85,13 @@ def data_file(name: str, given: Path | None = None) -> DataFile:
         ValueError: not found and not to be had, damaged, or other content than the known one.
     """
     if given is not None and not given.is_dir():
-        return _read(given)
+        return read_file(given)
     expected = KNOWN[name]
     for folder in _folders(given):
         # A file is also found directly in the folder, and uncompressed.
         for place in (name, name.removesuffix(".gz"), Path(name).name):
             if (folder / place).is_file():
-                found = _read(folder / place)
+                found = read_file(folder / place)
                 if found.sha256 != expected:
                     raise ValueError(
                         f"{found.path}: content has SHA-256 {found.sha256}, expected {expected}; "
@@ -105,18 +112,28 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codellama" / "data"
 
 
-def _read(path: Path) -> DataFile:
-    """A file, uncompressed; names it where it cannot be read."""
+def read_file(path: Path) -> DataFile:
+    """A file, uncompressed.
+
+    Raises:
+        ValueError: it cannot be read; names it.
+    """
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
+        return _unpacked(str(path), path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+
+
+def _unpacked(place: str, content: bytes) -> DataFile:
+    if content[:2] == b"\x1f\x8b":
+        try:
             with gzip.open(io.BytesIO(content)) as file:
                 content = file.read(MAX_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{place}: cannot be read: {error}") from None
     if len(content) > MAX_BYTES:
-        raise ValueError(f"{path}: more than {MAX_BYTES} bytes when uncompressed")
-    return DataFile(str(path), content, hashlib.sha256(content).hexdigest())
+        raise ValueError(f"{place}: more than {MAX_BYTES} bytes when uncompressed")
+    return DataFile(place, content, hashlib.sha256(content).hexdigest())
 
 
 def _download(name: str, url: str, expected: str) -> DataFile:
@@ -126,27 +143,15 @@ def _download(name: str, url: str, expected: str) -> DataFile:
         raise ValueError(f"{name}: not found, and there is no source to download it from; {remedy}")
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
-            raw = response.read(MAX_BYTES + 1)
+            found = _unpacked(url, response.read(MAX_BYTES + 1))
     except OSError as error:
         raise ValueError(
             f"{name}: not found, and {url} cannot be reached ({error}); {remedy}"
         ) from None
-    content = raw
-    if url.endswith(".gz"):
-        try:
-            content = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{url}: not a whole gzip file: {error}") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
-        raise ValueError(f"{url}: content has SHA-256 {found}, expected {expected}")
+    if found.sha256 != expected:
+        raise ValueError(f"{url}: content has SHA-256 {found.sha256}, expected {expected}")
     place = _cache() / name
     place.parent.mkdir(parents=True, exist_ok=True)
-    write_file(place, gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
-    return DataFile(str(place), content, found)
-
-
-def _dictionaries(path: str, rows: Any) -> list[dict[str, Any]]:
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected a list of objects")
-    return rows
+    is_packed = name.endswith(".gz")
+    write_file(place, gzip.compress(found.content, mtime=0) if is_packed else found.content)
+    return DataFile(str(place), found.content, found.sha256)

@@ -70,12 +70,11 @@ def run_cases(
     for number, (given, expected) in enumerate(cases, start=1):
         outcome = sandbox.run(program, stdin=given, **_limits(timeout_s, patience))
         cpu_s += outcome.cpu_s
-        if outcome.status != "passed":
-            message = f"test {number}: {outcome.message or _last_line(outcome.stderr)}"
-            return Verdict(outcome.status, {"pass": 0.0}, message, cpu_s)
-        if _lines(outcome.stdout) != _lines(expected):
-            message = f"test {number}: printed {outcome.stdout[:200]!r}, not {expected[:200]!r}"
-            return Verdict("failed", {"pass": 0.0}, message, cpu_s)
+        status, why = outcome.status, outcome.message or _last_line(outcome.stderr)
+        if outcome.passed and _lines(outcome.stdout) != _lines(expected):
+            status, why = "failed", f"printed {outcome.stdout[:200]!r}, not {expected[:200]!r}"
+        if status != "passed":
+            return Verdict(status, {"pass": 0.0}, f"test {number}: {why}", cpu_s)
     return Verdict("passed", {"pass": 1.0}, "", cpu_s)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,11 @@ def wanted_of(
 
 def paper_suite(n: int | None, seed: int) -> list[Wanted]:
     """All that the paper measures; `n` replaces its numbers of samples where there are several."""
-    found = []
-    for name, paper_n, temperature in PAPER_SUITE:
-        n_samples = n if n and paper_n > 1 else paper_n
-        found.append(Wanted(name, Decoding.of(make_task(name), n_samples, temperature, seed)))
-    return found
+    return [
+        run
+        for name, paper_n, temperature in PAPER_SUITE
+        for run in wanted_of([name], n if n and paper_n > 1 else paper_n, [temperature], seed)
+    ]
 
 
 def evaluate(
@@ -123,8 +124,7 @@ def _evaluate(
         raise ValueError(f"{task.name}: {reason}")
 
     def told(what: str) -> Callable[[int, int], None] | None:
-        show = progress
-        return show and (lambda done, total: show(f"{what} {task.name}", done, total))
+        return progress and partial(progress, f"{what} {task.name}")
 
     path = place / "samples.jsonl"
     settings = sample(generator, task, path, decoding, model, options.limit, told("sampling"))
@@ -132,9 +132,3 @@ def _evaluate(
     if options.evalplus:
         write_samples(place / "samples.evalplus.jsonl", task, samples, evalplus=True)
     return score(task, samples, options.workers, told("scoring")) | {"settings": settings}
-
-
-def with_tokenizer(setting: Setting, generator: Any) -> Setting:
-    """The setting with what the generator knows: its tokenizer, and whether it chats."""
-    tokenizer = getattr(generator, "tokenizer", None)
-    return replace(setting, tokenizer=tokenizer) if tokenizer is not None else setting

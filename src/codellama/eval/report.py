@@ -48,8 +48,9 @@ def table_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for result in results:
-        if "skipped" in result:
-            rows[result["task"], "", ""] = {"task": result["task"], "skipped": result["skipped"]}
+        if "skipped" in result or not result["metrics"]:
+            reason = result.get("skipped") or result["problems"][0]["samples"][0]["message"]
+            rows[result["task"], "", ""] = {"task": result["task"], "skipped": reason}
             continue
         settings = result.get("settings", {})
         model = settings.get("model", {})

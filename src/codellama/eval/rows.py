@@ -18,24 +18,31 @@ from codellama.artifact import write_file
 Row = dict[str, Any]
 
 
+def parsed(path: str | Path, lines: Iterable[str | bytes]) -> Iterator[tuple[str, Any]]:
+    """(where it stands, value) of every line that is not empty.
+
+    Raises:
+        ValueError: a line is not JSON; names it.
+    """
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+
+
 def read_rows(path: Path) -> list[Row]:
     """The whole rows of a file; none where there is no file.
 
     Raises:
         ValueError: a line is no JSON object; names it.
     """
-    if not path.exists():
-        return []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+    for where, row in parsed(path, lines):
         if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object")
+            raise ValueError(f"{where}: expected a JSON object")
         rows.append(row)
     return rows
 

@@ -7,15 +7,15 @@ rows also carry `sample`, the number of the sample among those of its problem.
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from codellama.eval.datasets import read_file
+from codellama.eval.rows import parsed
 from codellama.eval.task import Task
 
 
@@ -41,13 +41,12 @@ def read_samples(path: Path, task: Task, partial: bool = False) -> list[Sample]:
     """
     problems = {problem.task_id: problem for problem in task.problems()}
     samples: list[Sample] = []
-    lines: dict[tuple[str, int], int] = {}
+    lines: dict[tuple[str, int], str] = {}
     counts: Counter[str] = Counter()
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        row = _row(line, where)
+    if not path.exists():
+        raise ValueError(f"{path}: no such samples file")
+    for where, row in parsed(path, read_file(path).text.split("\n")):
+        _check_row(row, where)
         task_id = row["task_id"]
         if task_id not in problems:
             raise ValueError(
@@ -58,10 +57,8 @@ def read_samples(path: Path, task: Task, partial: bool = False) -> list[Sample]:
         if not isinstance(own, int) or isinstance(own, bool):
             raise ValueError(f"{where}: sample = {own!r}: expected a whole number")
         if (task_id, own) in lines:
-            raise ValueError(
-                f"{where}: sample {own} of {task_id} is also on line {lines[task_id, own]}"
-            )
-        lines[task_id, own] = number
+            raise ValueError(f"{where}: sample {own} of {task_id} is also on {lines[task_id, own]}")
+        lines[task_id, own] = where
         counts[task_id] += 1
         text = row.get("completion")
         if text is None:
@@ -94,42 +91,21 @@ def _check_complete(path: Path, task_ids: list[str], counts: Counter[str]) -> No
     if missing:
         raise ValueError(
             f"{path}: no samples for {len(missing)} of {len(task_ids)} problems "
-            f"({_few(missing)}); --partial scores those that are there"
+            f"({', '.join(missing[:3])}); --partial scores those that are there"
         )
     usual = Counter(counts.values()).most_common(1)[0][0]
     uneven = [task_id for task_id in task_ids if counts[task_id] != usual]
     if uneven:
         raise ValueError(
             f"{path}: unequal numbers of samples: {usual} for most problems, but "
-            f"{counts[uneven[0]]} for {_few(uneven)}; --partial accepts that"
+            f"{counts[uneven[0]]} for {', '.join(uneven[:3])}; --partial accepts that"
         )
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-        return content.decode("utf-8").split("\n")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such samples file") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
-
-
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
+def _check_row(row: Any, where: str) -> None:
     keys = row.keys() if isinstance(row, dict) else ()
     texts = [key for key in ("completion", "solution") if key in keys]
     if "task_id" not in keys or not texts:
         raise ValueError(f'{where}: expected an object with "task_id" and "completion"')
     if not isinstance(row["task_id"], str) or not isinstance(row[texts[0]], str):
         raise ValueError(f'{where}: "task_id" and "{texts[0]}" are texts')
-    return row
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

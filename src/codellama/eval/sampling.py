@@ -117,41 +117,40 @@ def _answers(
     generator: Generator, task: Task, chunk: Sequence[tuple[Problem, int]], decoding: Decoding
 ) -> list[dict[str, Any]]:
     """One row for each (problem, sample number), in order."""
-    prompts = [_fitted(generator, task.prompt(problem)) for problem, _ in chunk]
-    rows: list[dict[str, Any]] = [
-        {"task_id": problem.task_id, "completion": "", "sample": number, "finish_reason": TOO_LONG}
-        for problem, number in chunk
-    ]
-    asked = [place for place, prompt in enumerate(prompts) if prompt is not None]
+    rows: list[dict[str, Any]] = []
+    asked: list[tuple[dict[str, Any], Problem, Prompt, SamplingParams]] = []
+    for problem, number in chunk:
+        row = {"task_id": problem.task_id, "completion": "", "sample": number}
+        rows.append(row | {"finish_reason": TOO_LONG})
+        prompt = _fitted(generator, task.prompt(problem))
+        if prompt is not None:
+            params = SamplingParams(
+                max_tokens=decoding.max_tokens or prompt.max_tokens,
+                temperature=decoding.temperature,
+                top_p=decoding.top_p,
+                seed=stable_seed(decoding.seed, task.name, problem.task_id, number),
+                stop=prompt.stop,
+            )
+            asked.append((rows[-1], problem, prompt, params))
     if not asked:
         return rows
-    chosen = [prompt for prompt in prompts if prompt is not None]
-    params = [
-        SamplingParams(
-            max_tokens=decoding.max_tokens or prompt.max_tokens,
-            temperature=decoding.temperature,
-            top_p=decoding.top_p,
-            seed=stable_seed(decoding.seed, task.name, chunk[place][0].task_id, chunk[place][1]),
-            stop=prompt.stop,
-        )
-        for place, prompt in zip(asked, chosen, strict=True)
-    ]
-    kind = chosen[0].kind
+    prompts, params = [each[2] for each in asked], [each[3] for each in asked]
+    kind = prompts[0].kind
     if kind == "score":
-        for place, prompt in zip(asked, chosen, strict=True):
+        for row, _, prompt, _ in asked:
             scores = [[round(x, 6) for x in line] for line in generator.score(prompt.texts)]
-            rows[place] |= {"completion": json.dumps(scores), "finish_reason": "scored"}
+            row |= {"completion": json.dumps(scores), "finish_reason": "scored"}
         return rows
     if kind == "infill":
-        gaps = [prompt.gap for prompt in chosen if prompt.gap is not None]
-        results = generator.infill(gaps, params, suffix_first=chosen[0].suffix_first)
+        gaps = [prompt.gap for prompt in prompts if prompt.gap is not None]
+        results = generator.infill(gaps, params, suffix_first=prompts[0].suffix_first)
     elif kind == "chat":
-        results = generator.chat([prompt.messages for prompt in chosen], params)
+        results = generator.chat([prompt.messages for prompt in prompts], params)
     else:
-        results = generator.complete([prompt.text for prompt in chosen], params)
-    for place, result in zip(asked, results, strict=True):
-        text = task.trim(chunk[place][0], result.text)
-        rows[place] |= {"completion": text, "finish_reason": result.finish_reason}
+        results = generator.complete([prompt.text for prompt in prompts], params)
+    for (row, problem, _, _), result in zip(asked, results, strict=True):
+        text = task.trim(problem, result.text)
+        row |= {"completion": text, "finish_reason": result.finish_reason}
     return rows
 
 

@@ -161,7 +161,8 @@ def _aggregate(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             continue
         for k in KS:
             if k <= min(row["n"] for row in having):
-                values = [pass_at_k(row["n"], _n_passed(row), k) for row in having]
+                passed = [round(row["values"]["pass"] * row["n"]) for row in having]
+                values = [pass_at_k(r["n"], c, k) for r, c in zip(having, passed, strict=True)]
                 metrics[f"pass@{k}"] = _metric(values, weights)
     return metrics
 
@@ -170,10 +171,6 @@ def _metric(values: list[float], weights: list[float]) -> dict[str, float]:
     low, high = interval(values, weights)
     mean = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
     return {"value": mean, "low": low, "high": high, "n": len(values)}
-
-
-def _n_passed(row: dict[str, Any]) -> int:
-    return round(row["values"]["pass"] * row["n"])
 
 
 def check_references(task: Task, workers: int = 2) -> dict[str, Any]:

@@ -115,15 +115,10 @@ def _as_base(base: type, value: Any) -> Any:
         return dict(dict.items(value))
     if base in (list, tuple, set, frozenset):
         return base(base.__iter__(value))
-    if base is int:
-        return int.__index__(value)
-    if base is float:
-        return float.__float__(value)
-    if base is str:
-        return str.__str__(value)
-    if base is complex:
-        return complex.__add__(value, 0j)
-    return base(memoryview(value))
+    number = {int: int.__index__, float: float.__float__, complex: complex.__pos__}.get(base)
+    if number is not None:
+        return number(value)
+    return str.__str__(value) if base is str else base(memoryview(value))
 
 
 def _encode_packed(value: list[Any], out: list[bytes]) -> bool:

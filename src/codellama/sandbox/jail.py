@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 import sysconfig
 
 from codellama.sandbox import kernel
@@ -153,8 +152,3 @@ def mount_own_proc() -> None:
         kernel.mount("proc", "/proc", "proc", flags, "subset=pid")
     except PermissionError:  # a container that masks parts of /proc
         kernel.mount("tmpfs", "/proc", "tmpfs", flags, "size=4k,nr_inodes=2,mode=555")
-
-
-def forget_host_paths() -> None:
-    """Import only from what is mounted."""
-    sys.path[:] = [path for path in sys.path if os.path.isdir(path)]

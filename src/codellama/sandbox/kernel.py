@@ -45,10 +45,6 @@ def is_supported() -> bool:
     return platform.system() == "Linux" and platform.machine() in _NUMBERS
 
 
-def _number(index: int) -> int:
-    return _NUMBERS[platform.machine()][index]
-
-
 def _checked(name: str, result: int) -> int:
     if result < 0:
         number = ctypes.get_errno()
@@ -70,7 +66,9 @@ def clone(flags: int) -> int:
     """
     python = ctypes.pythonapi
     python.PyOS_BeforeFork()
-    pid = _syscall(_number(0), ctypes.c_ulong(flags | signal.SIGCHLD), 0, 0, 0, 0)
+    pid = _syscall(
+        _NUMBERS[platform.machine()][0], ctypes.c_ulong(flags | signal.SIGCHLD), 0, 0, 0, 0
+    )
     if pid == 0:
         python.PyOS_AfterFork_Child()
     else:
@@ -97,7 +95,7 @@ def restrict_mount(target: str, attributes: int, recursive: bool = True) -> None
 def change_root(new_root: str) -> None:
     """Make a mount the root of the file system and detach the old root, so that it is gone."""
     os.chdir(new_root)
-    _checked("pivot_root", _syscall(_number(1), b".", b"."))
+    _checked("pivot_root", _syscall(_NUMBERS[platform.machine()][1], b".", b"."))
     _checked("umount", _libc.umount2(b".", MNT_DETACH))
     os.chdir("/")
 
@@ -140,7 +138,9 @@ def install_filter(program: bytes) -> None:
     """Put a seccomp filter (packed BPF instructions of 8 bytes) in force for good."""
     buffer = ctypes.create_string_buffer(program, len(program))
     fprog = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
-    _checked("seccomp", _syscall(_number(2), _SECCOMP_SET_MODE_FILTER, 0, fprog))
+    _checked(
+        "seccomp", _syscall(_NUMBERS[platform.machine()][2], _SECCOMP_SET_MODE_FILTER, 0, fprog)
+    )
 
 
 def explain(error: OSError) -> str:

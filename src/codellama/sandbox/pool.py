@@ -173,10 +173,5 @@ def shared_pool(mode: Mode = "namespaces", packages: tuple[str, ...] = ()) -> Po
     with _lock:
         if key not in _shared:
             _shared[key] = Pool(mode=mode, packages=packages)
-            atexit.register(_close, key)
+            atexit.register(lambda: key[0] == os.getpid() and _shared[key].close())
         return _shared[key]
-
-
-def _close(key: tuple[Any, ...]) -> None:
-    if key[0] == os.getpid():
-        _shared.pop(key).close()

@@ -5,10 +5,8 @@ limits and open descriptors, but never sees code or tests: they are in the descr
 process made for them reads them. So nothing of one run, and no expected value, is in memory that
 another program can reach.
 
-    host --- zygote (first process of the jail) --- init (first of a run) --- program
-
-`init` has new pid and mount namespaces and ends with the program; the kernel then kills
-whatever the program left behind.
+A run's first process, its init, has new pid and mount namespaces and ends with the program; the
+kernel then kills whatever is left. docs/sandbox.md shows them all.
 """
 
 from __future__ import annotations
@@ -67,7 +65,7 @@ def main(control: socket.socket, settings: dict[str, Any]) -> None:
         kernel.forbid_new_privileges()
         kernel.drop_bounding_capabilities()
         settings["filter"] = seccomp.filter_program(starts_programs)
-        jail.forget_host_paths()
+        sys.path[:] = [path for path in sys.path if os.path.isdir(path)]
     programs.set_up_streams()
     gc.collect()
     gc.freeze()  # the collector of a run does not touch, and so copy, the zygote's pages

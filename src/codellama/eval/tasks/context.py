@@ -16,7 +16,6 @@ from codellama.eval.task import (
     Patience,
     Problem,
     Prompt,
-    Setting,
     Task,
     Verdict,
     graded,
@@ -42,7 +41,6 @@ class KeyRetrieval(Task):
 
     name = "key-retrieval"
     protocol = "filler: MBPP reference solutions; 64 prompts a length and position"
-
     n_examples = N_EXAMPLES
 
     def load(self) -> Iterable[Problem]:
@@ -62,17 +60,18 @@ class KeyRetrieval(Task):
         Raises:
             ValueError: there is no tokenizer to count with.
         """
-        if self.setting.tokenizer is None:
+        tokenizer = self.setting.tokenizer
+        if tokenizer is None:
             raise ValueError(f"{self.name}: asking needs a model's tokenizer")
         programs = list(self._filler)
         random_for("filler", problem.task_id).shuffle(programs)
         key = _KEY.format(value=self.reference(problem))
-        wanted = problem.row["length"] - self._n_tokens(key + _END) - 1
+        wanted = problem.row["length"] - len(tokenizer.encode(key + _END)) - 1
         chosen: list[str] = []
         n_tokens = 0
         while n_tokens < wanted:
             chosen.append(programs[len(chosen) % len(programs)])
-            n_tokens += self._n_tokens(chosen[-1] + "\n\n")
+            n_tokens += len(tokenizer.encode(chosen[-1] + "\n\n"))
         if n_tokens > wanted and len(chosen) > 1:
             chosen.pop()  # never longer than the length it is reported under
         place = round(problem.row["position"] * len(chosen))
@@ -88,10 +87,6 @@ class KeyRetrieval(Task):
     def reference(self, problem: Problem) -> str:
         """Two digits, drawn for each problem."""
         return str(random_for("value", problem.task_id).randint(10, 99))
-
-    def _n_tokens(self, text: str) -> int:
-        assert self.setting.tokenizer
-        return len(self.setting.tokenizer.encode(text))
 
 
 class PerplexityByPosition(Task):
@@ -130,13 +125,7 @@ class BitsPerByte(Task):
     """How many bits a model needs for a byte of text, whatever its vocabulary."""
 
     name = "bits-per-byte"
-
-    def __init__(self, setting: Setting | None = None) -> None:
-        super().__init__(setting)
-        source = (
-            "texts of --data" if self.setting.data else "HumanEval's prompts with their solutions"
-        )
-        self.protocol = f"{source}, in pieces of {PIECE_CHARS} characters at most"
+    protocol = f"texts of --data or HumanEval's programs, pieces of up to {PIECE_CHARS} characters"
 
     def load(self) -> Iterable[Problem]:
         """Pieces of texts, cut at lines."""

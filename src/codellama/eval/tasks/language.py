@@ -102,24 +102,21 @@ class Judged(Task):
     temperature, top_p = 0.1, 0.9  # Code Llama paper, section 4
     max_tokens = 64
     stop: tuple[str, ...] = ("\n",)
-
-    def judges(self) -> Mapping[str, Judge]:
-        """Who rates an answer, by measure."""
-        return self.setting.judges.get(self.name, {})
-
-    def text(self, problem: Problem) -> str:
-        """What a base model continues."""
-        return problem.row["prompt"]
+    before, after = "", ""
+    """What stands around the prompt of a base model."""
+    own_judges: Mapping[str, Judge] = {}
+    """Who rates an answer, by measure, where nobody was named."""
 
     def prompt(self, problem: Problem) -> Prompt:
         """The beginning of a text, or a message."""
         if self.setting.chat:
             return Prompt.question(problem.row["prompt"])
-        return Prompt(self.text(problem), stop=self.stop, max_tokens=self.max_tokens)
+        text = self.before + problem.row["prompt"] + self.after
+        return Prompt(text, stop=self.stop, max_tokens=self.max_tokens)
 
     def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Ask every judge."""
-        judges = self.judges()
+        judges = self.setting.judges.get(self.name) or self.own_judges
         if not judges:
             return Verdict("unjudged", {}, "no judge: name one with --judge URL")
         asked = problem.row["prompt"]
@@ -139,14 +136,11 @@ class TruthfulQa(Judged):
     file = "truthfulqa/TruthfulQA-2021-817.csv.gz"
     id_form = "TruthfulQA/{number}"
     protocol = "six questions with answers before it; needs a judge model"
+    before, after = f"{_QA}Q: ", "\nA:"
 
     def read_row(self, row: dict[str, Any]) -> dict[str, Any]:
         """With the question as prompt."""
         return {**row, "prompt": row["Question"]}
-
-    def text(self, problem: Problem) -> str:
-        """Examples and the question."""
-        return f"{_QA}Q: {problem.row['Question']}\nA:"
 
 
 class ToxiGen(Judged):
@@ -194,14 +188,8 @@ class XsTest(Judged):
     protocol = "refusals by our list of phrases, unless a judge is named"
     max_tokens = 256
     stop = ("\nQ:",)
-
-    def judges(self) -> Mapping[str, Judge]:
-        """The given one, or our list of phrases."""
-        return super().judges() or {"refused": refusal_by_words}
-
-    def text(self, problem: Problem) -> str:
-        """The question, for a model without a chat format."""
-        return f"Q: {problem.row['prompt']}\nA:"
+    before, after = "Q: ", "\nA:"
+    own_judges = {"refused": refusal_by_words}  # noqa: RUF012
 
 
 def _steps(answer: str) -> str:

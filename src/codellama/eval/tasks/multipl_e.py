@@ -29,6 +29,7 @@ from codellama.sandbox.languages import JAVATUPLES, find_language
 LANGUAGES = ("cpp", "java", "php", "ts", "cs", "sh", "js", "py")  # as the data files say
 INFILLING_FILE = "multipl-e-fim/single-line-infilling.jsonl.gz"
 TIMEOUT_S = 15.0  # MultiPL-E's
+_ASSERT = re.compile(r"\bDebug\.Assert\((.*)\);$", re.M)
 _ASK = (
     "Complete this {language} code. Answer with all of it in one block of code.\n\n```\n{prompt}```"
 )
@@ -70,10 +71,11 @@ class MultiplE(Task):
         program = row["prompt"] + completion + "\n"
         if self._language == "py":
             return judge_python(program, row["tests"], TIMEOUT_S, patience)
-        # Mono's Debug.Assert says nothing and goes on; every one is a line of its own.
-        tests = re.sub(
-            r"\bDebug\.Assert\((.*)\);$", r"if (!(\1)) throw null;", row["tests"], flags=re.M
-        )
+        tests = row["tests"]
+        if self._language == "cs":  # Mono's Debug.Assert goes on; every one is a line of its own
+            tests = _ASSERT.sub(r"if (!(\1)) throw null;", tests)
+        elif self._language == "java":  # the class of the file's name is the one that is started
+            tests += "\nclass Main { public static void main(String[] a) { Problem.main(a); } }\n"
         return run_program(program + tests, self._language, TIMEOUT_S, patience)
 
     def reference_problems(self) -> list[Problem]:
