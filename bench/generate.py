@@ -3,6 +3,7 @@
     .venv/bin/python bench/generate.py [--shapes shipped,15m] [--precisions bfloat16,int8,int4]
         [--batches 1,8,32] [--prompt 128] [--prefill 512] [--new 64] [--runs 3] [--folder F]
         [--llama-python P] [--keystroke N] [--threads N] [--processor-time]
+        [--no-peers] [--no-transformers]
 
 "shipped" is the model of the package, the others are random weights in that shape, written to a
 temporary folder. Every figure is the median of `runs`, after one that does not count, with torch's
@@ -311,6 +312,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where the temporary folder is made")
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--no-transformers", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--processor-time", action="store_true", help="where others use the machine"
@@ -352,7 +354,7 @@ def main() -> None:
                 if not options.no_peers:
                     name = f"llama.cpp {GGUF[precision][1] or precision}"
                     note(name, bench_llama(folder, precision, options))
-            if not options.no_peers:
+            if not options.no_peers and not options.no_transformers:
                 note("Transformers bfloat16", bench_transformers(folder, batches, options))
             if options.keystroke:
                 note("keystroke", bench_keystroke(folder, options))
