@@ -25,18 +25,11 @@ KIND = "corpus"
 SPLITS = ("train", "validation")
 Split = Literal["train", "validation"]
 
+_ABOUT = ("source", "repository", "path", "language", "kind", "licence")
 SCHEMA = pa.schema(
     [
-        ("text", pa.large_string()),
-        ("source", pa.string()),
-        ("repository", pa.string()),
-        ("path", pa.string()),
-        ("language", pa.string()),
-        ("kind", pa.string()),
-        ("licence", pa.string()),
-        ("n_bytes", pa.int64()),
-        ("sha256", pa.string()),
-        ("split", pa.string()),
+        *(("text", pa.large_string()), *((name, pa.string()) for name in _ABOUT)),
+        *(("n_bytes", pa.int64()), ("sha256", pa.string()), ("split", pa.string())),
     ]
 )
 

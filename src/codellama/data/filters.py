@@ -19,29 +19,10 @@ from codellama.data.licences import is_permissive, licence_of_header
 from codellama.recipe import Filters
 
 REASONS = (
-    "unavailable",
-    "damaged archive",
-    "archive bomb",
-    "unsafe path",
-    "missing column",
-    "damaged row",
-    "vendored",
-    "minified",
-    "licence",
-    "unreadable",
-    "too small",
-    "too large",
-    "not UTF-8",
-    "binary",
-    "generated",
-    "long lines",
-    "mean line length",
-    "alphanumeric share",
-    "data",
-    "does not parse",
-    "benchmark",
-    "duplicate",
-    "near duplicate",
+    *("unavailable", "damaged archive", "archive bomb", "unsafe path", "missing column"),
+    *("damaged row", "vendored", "minified", "licence", "unreadable", "too small", "too large"),
+    *("not UTF-8", "binary", "generated", "long lines", "mean line length", "alphanumeric share"),
+    *("data", "does not parse", "benchmark", "duplicate", "near duplicate"),
 )
 """Why a file is dropped, in the order in which it is asked; only the first reason counts."""
 

@@ -67,7 +67,7 @@ def prepare_corpus(recipe: Recipe, ray: str | None = None) -> Path:
             work = _plan(recipe, build=True)
         state = _state(work)
         if _is_current(folder, work.folder, state):
-            _say(f"{folder}: up to date, nothing to do")
+            print(f"{folder}: up to date, nothing to do", file=sys.stderr)
             return folder
         try:
             _stage(work, console, ray)
@@ -336,14 +336,9 @@ def _report(manifest: dict[str, Any], folder: Path) -> None:
     """What was kept and what was dropped, in a few lines on standard error."""
     for name in SPLITS:
         documents, n_bytes = manifest["n_documents"][name], manifest["n_bytes"][name]
-        _say(f"{name}: {documents} documents, {n_bytes / 1e6:.1f} MB")
+        print(f"{name}: {documents} documents, {n_bytes / 1e6:.1f} MB", file=sys.stderr)
     for reason, drop in manifest["dropped"].items():
-        _say(f"dropped, {reason}: {drop['n']}")
+        print(f"dropped, {reason}: {drop['n']}", file=sys.stderr)
     if missing := manifest["inputs"]["unavailable"]:
-        _say(f"not available: {', '.join(missing)}")
-    _say(f"wrote {folder}")
-
-
-def _say(line: str) -> None:
-    """Print one line as it is: rich would wrap it and read brackets in a path as markup."""
-    print(line, file=sys.stderr)
+        print(f"not available: {', '.join(missing)}", file=sys.stderr)
+    print(f"wrote {folder}", file=sys.stderr)
