@@ -158,13 +158,14 @@ def _page(
         for r in results
         if "skipped" not in r
     ]
+    drawn = "".join(figures(results))
     facts = {key: content[key] for key in ("versions", "settings", "data_sha256")}
     # "<" never stands in the data, so that no text of a model can end the script.
     data = json.dumps(problems).replace("<", "\\u003c")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     return Template(template).substitute(
         table=table,
-        figures="".join(figures(results)),
+        figures=drawn and f"<h2>Figures</h2>{drawn}",
         facts=escape(json.dumps(facts, indent=1)),
         data=data,
     )
@@ -215,6 +216,7 @@ def _figure(
             [f"{at:g}" for at in ticks],
             fontsize=7,
         )
+    axes.set_ylim(0, axes.get_ylim()[1])  # none of them is negative
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     file = io.StringIO()

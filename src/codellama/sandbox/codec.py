@@ -115,10 +115,8 @@ def _as_base(base: type, value: Any) -> Any:
         return dict(dict.items(value))
     if base in (list, tuple, set, frozenset):
         return base(base.__iter__(value))
-    number = {int: int.__index__, float: float.__float__, complex: complex.__pos__}.get(base)
-    if number is not None:
-        return number(value)
-    return str.__str__(value) if base is str else base(memoryview(value))
+    plain = {int: int.__index__, float: float.__float__, complex: complex.__pos__, str: str.__str__}
+    return plain[base](value) if base in plain else base(memoryview(value))
 
 
 def _encode_packed(value: list[Any], out: list[bytes]) -> bool:
