@@ -13,7 +13,7 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define CODELLAMA_VNNI 1
 #include <immintrin.h>
 #endif
@@ -145,6 +145,9 @@ inline bool allow_tiles() {  // the system has to be asked once
   return allowed;
 }
 
+// What is written before must be in memory: the compiler does not know that tiles are read from it.
+inline void see(const void* written) { asm volatile("" ::"r"(written) : "memory"); }
+
 inline void configure_tiles() {
   struct alignas(64) {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -152,6 +155,7 @@ inline void configure_tiles() {
     uint8_t rows[16] = {};
   } shape;
   for (int i = 0; i < 8; ++i) shape.columns[i] = 64, shape.rows[i] = kTile;
+  see(&shape);
   _tile_loadconfig(&shape);
 }
 
@@ -240,11 +244,13 @@ void multiply_tiles(const Matrix& m, bool is_int4, int64_t first, int64_t n_bloc
       else std::memcpy(to, weights + i * m.n_in, m.n_in);
     }
     weights = copy.data();
+    see(weights);
   }
   if (!is_int4)
     for (int64_t i = 0; i < n_block; ++i) scales[i] = scale_of(first + i);
   const __m512i column = _mm512_mullo_epi32(
       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(16));
+  see(tiles);
   for (int64_t token = 0; token < n_tokens; token += 2 * kTile) {
     const int8_t* inputs = tiles + token * n_padded;
     const bool both = token + kTile < n_tokens;

@@ -41,6 +41,12 @@ inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+inline Floats loaded(const float* x) {
+  Floats values;
+  std::memcpy(&values, x, sizeof values);
+  return values;
+}
+
 template <Kind kind>
 struct Stored;
 
@@ -48,11 +54,7 @@ template <>
 struct Stored<kFloat32> {
   using Type = float;
   static float one(float x) { return x; }
-  static Floats many(const float* x) {
-    Floats values;
-    std::memcpy(&values, x, sizeof values);
-    return values;
-  }
+  static Floats many(const float* x) { return loaded(x); }
 };
 
 template <>
@@ -82,6 +84,23 @@ inline float total(Floats x) {
   float sum = 0;
   for (int i = 0; i < kWidth; ++i) sum += x[i];
   return sum;
+}
+
+// To about the last bit between -87 and 88, where it stops. Source: the polynomial of Cephes' expf.
+inline Floats exp_of(Floats x) {
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  x = x > 88.0f ? Floats{} + 88.0f : x;
+  const Floats powers = x * 1.44269504f;
+  const Ints whole = __builtin_convertvector(powers < 0 ? powers - 0.5f : powers + 0.5f, Ints);
+  const Floats n = __builtin_convertvector(whole, Floats);
+  const Floats f = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats y = f * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * f + 8.3334519073e-3f;
+  y = y * f + 4.1665795894e-2f;
+  y = y * f + 1.6666665459e-1f;
+  y = y * f + 5.0000001201e-1f;
+  y = y * f * f + f + 1.0f;
+  return y * (Floats)((whole + 127) << 23);  // a power of two, from its bits
 }
 
 float load(const void* data, int64_t at, int64_t kind) {
@@ -349,9 +368,17 @@ struct Step {
     for (int64_t g = 0; g < group; ++g) {
       float* weights = scores.data() + g * length;
       const float largest = *std::max_element(weights, weights + length);
-      float sum = 0;
-      for (int64_t at = 0; at < length; ++at) sum += weights[at] = std::exp(weights[at] - largest);
-      const float inverse = 1 / sum;
+      Floats sums = {};
+      for (int64_t at = 0; at < length; at += kWidth) {
+        Floats some = {};
+        const int64_t n_bytes = 4 * std::min<int64_t>(kWidth, length - at);
+        std::memcpy(&some, weights + at, n_bytes);
+        const Floats powers = exp_of(some - largest);
+        std::memcpy(weights + at, &powers, n_bytes);
+        std::memcpy(&(some = Floats{}), &powers, n_bytes);
+        sums += some;
+      }
+      const float inverse = 1 / total(sums);
       for (int64_t at = 0; at < length; ++at) weights[at] *= inverse;
     }
     std::fill(out, out + group * width, 0.0f);
@@ -438,14 +465,21 @@ struct Step {
     }
 #pragma omp for schedule(static)
     for (int64_t part = 0; part < n_parts(layer.gate, n); ++part) {
+      const int64_t size = part_size(layer.gate, n), first = part * size;
+      scores.assign(n * size + kWidth, 0.0f);
       const auto gate = [&](int64_t row, int64_t output, float value) {
-        gated[row * model.ff_width + output] = rounded(value / (1 + std::exp(-value)));
+        scores[row * size + output - first] = value;
       };
       const auto up = [&](int64_t row, int64_t output, float value) {
-        float& to = gated[row * model.ff_width + output];
-        to = rounded(to * value);
+        const float gate = rounded(scores[row * size + output - first]);
+        gated[row * model.ff_width + output] = rounded(gate * value);
       };
       multiply(layer.gate, part, normed.data(), n, gate);
+      for (int64_t at = 0; at < n * size; at += kWidth) {
+        Floats values = loaded(&scores[at]);
+        values = values / (1.0f + exp_of(-values));
+        std::memcpy(&scores[at], &values, sizeof values);
+      }
       multiply(layer.up, part, normed.data(), n, up);
     }
     if (layer.down.kind >= kInt8) {
