@@ -30,7 +30,7 @@ def process(*options, ready=True):
     url = f"http://127.0.0.1:{port}"
     try:
         if ready:
-            wait_for(lambda: is_up(url) or child.poll() is not None, 60)
+            wait_for(lambda: is_up(url) or child.poll() is not None, 240)
         yield url, child
     finally:
         if child.poll() is None:

@@ -5,6 +5,7 @@ import ollama
 import pytest
 
 from codellama import SamplingParams
+from codellama.tokenizer.chat import TAGS
 from codellama.tokenizer.variants import INFILLING_PIECES
 
 GAP = ("def area(r):\n    ", "\n    return a\n")
@@ -184,7 +185,7 @@ def test_no_text_becomes_a_control_id(post, engine):
     """Every control piece and tag, in every place for text; ids are those of plain text."""
     tokenizer = engine.tokenizer
     words = ["<s>", "</s>", "<unk>", *INFILLING_PIECES, *map(str.strip, INFILLING_PIECES)]
-    words += ["<PRE>", "<SUF>", "<MID>", "<EOT>", "<step>", "<0x0A>", "[INST]", "<<SYS>>"]
+    words += ["<PRE>", "<SUF>", "<MID>", "<EOT>", "<0x0A>", "Source: user", *TAGS]
     settings = {"max_tokens": 1, "return_token_ids": True}
 
     def ids(path, **body):
@@ -199,7 +200,7 @@ def test_no_text_becomes_a_control_id(post, engine):
         assert gap == [1, 8192, *plain, 8193, *suffix, 8194]
         written = ids("/v1/completions", prompt=f"<PRE> a {word} b <SUF> <MID>")
         assert written == [1, 8192, *plain, 8193, 8194]
-        if "[" not in word and "<<" not in word and "step" not in word:
+        if word not in TAGS:
             chat = ids(
                 "/v1/chat/completions",
                 messages=[
@@ -211,3 +212,16 @@ def test_no_text_becomes_a_control_id(post, engine):
                 1,
                 *tokenizer.encode(f"[INST] <<SYS>>\n{word}\n<</SYS>>\n\na {word} [/INST]"),
             ]
+
+
+def test_tags_of_dialogs_are_refused_as_the_reference_does(post):
+    """In any message, before anything is computed; in code to complete they are text, see above."""
+    for tag in TAGS:
+        for where in range(4):
+            roles = ("system", "user", "assistant", "user")
+            messages = [{"role": role, "content": "a"} for role in roles]
+            messages[where]["content"] = f"what is {tag}?"
+            reply = post("/v1/chat/completions", 400, messages=messages)
+            assert f"message {where}: special tags" in reply["error"]["message"]
+            assert tag in reply["error"]["message"]
+            assert "special tags" in post("/api/chat", 400, messages=messages)["error"]

@@ -5,6 +5,7 @@ Each file of `requests/` is one request in the shape of a client's public source
 """
 
 import json
+import re
 from pathlib import Path
 
 import httpx
@@ -39,7 +40,7 @@ def ollama(reply):
 def infill(reply):
     """llama.vim looks for the text before it parses, and formats the numbers."""
     body = reply.json()
-    assert '"content": "' in reply.text
+    assert re.search(r'"content"\s*:"', reply.text)  # its own expression: no space behind the colon
     assert all(
         body[f"timings/{of}_{unit}"] >= 0 for of in ("prompt", "predicted") for unit in UNITS
     )

@@ -1,10 +1,14 @@
 """The gateway: our dialects and prompts in front of other servers, some of which fail."""
 
+import asyncio
+import contextlib
+
 import httpx
 import pytest
-from servers import free_port, in_thread, listening, process
+from servers import free_port, gauge, in_thread, is_up, listening, process, wait_for
 
-from codellama import SamplingParams
+from any_weights import random_model, small_vocabulary
+from codellama import Engine, SamplingParams
 from codellama.engine.endpoint import Endpoint
 from codellama.serve import Service
 
@@ -55,6 +59,64 @@ def test_exact_prompts_through_a_cluster(gateway, engine, asked):
         models = client.get("/v1/models").json()["data"]
         assert models[0]["max_model_len"] == 1024
         assert asked
+
+
+@contextlib.contextmanager
+def gateway_to(engine, *urls):
+    """A gateway in this process; yields its address as soon as it listens."""
+    endpoint = Endpoint(urls, tokenizer=engine.tokenizer)
+    service = Service(endpoint, engine.tokenizer, "codellama", {})
+    with in_thread(engine, load=lambda: service) as (url, _):
+        yield url
+
+
+def test_a_server_of_another_vocabulary_is_not_used(engine, caplog):
+    """Ids would mean other texts there: not ready where it is alone, passed over beside another."""
+    other, params = Engine.of(random_model(), small_vocabulary()), SamplingParams(max_tokens=4)
+    with in_thread(other) as (url, _), in_thread(engine) as (good, _):
+        with gateway_to(engine, url) as gateway:
+            wait_for(lambda: "its ids are not those of the tokenizer" in caplog.text)
+            assert httpx.get(f"{gateway}/health").status_code == 503
+        found = Endpoint([url, good], tokenizer=engine.tokenizer).complete(["x = 1\n"] * 6, params)
+        assert {f.text for f in found} == {engine.complete(["x = 1\n"], params)[0].text}
+        endpoint = Endpoint(url, tokenizer=engine.tokenizer, n_attempts=1)
+        with pytest.raises(ConnectionError, match="its ids are not those of the tokenizer"):
+            endpoint.complete(["x = 1\n"], params)
+
+
+def test_another_server_takes_over(engine):
+    """One of two servers is killed while it writes: only streams that it had begun fail."""
+    with (
+        process("--dtype", "float32") as (first, child),
+        in_thread(engine) as (second, _),
+        gateway_to(engine, first, second) as url,
+    ):
+        wait_for(lambda: is_up(url), 60)
+        body = {"max_tokens": 200, "temperature": 0, "logit_bias": {"2": -100}}
+
+        async def go():
+            async with httpx.AsyncClient(base_url=url, timeout=None) as client:
+
+                def ask(number):
+                    texts = body | {"prompt": f"x = {number}\n", "stream": number % 2 == 0}
+                    return asyncio.create_task(client.post("/v1/completions", json=texts))
+
+                begun = [ask(number) for number in range(8)]
+                while gauge(first, "running") < 2:
+                    await asyncio.sleep(0.01)
+                child.kill()
+                later = [ask(number) for number in range(8, 12)]
+                return await asyncio.gather(*begun), await asyncio.gather(*later)
+
+        begun, later = asyncio.run(go())
+        assert {reply.status_code for reply in later} == {200}
+        broken = [r for r in begun if r.status_code == 500 or '"server_error"' in r.text]
+        assert len(broken) <= 4  # of the eight, one half was there
+        params = SamplingParams(200, logit_bias=((2, -100.0),))
+        for number in range(1, 12, 2):  # what nobody had seen yet was asked again
+            [expected] = engine.complete([f"x = {number}\n"], params)
+            reply = (begun + later)[number]
+            assert reply.json()["choices"][0]["text"] == expected.text
 
 
 def test_a_cluster_that_is_not_there(engine):

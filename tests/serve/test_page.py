@@ -7,7 +7,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from servers import in_thread, is_up, wait_for
 
+from codellama.engine.endpoint import Endpoint
+from codellama.serve import Service
 from codellama.tokenizer import Tokenizer
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -114,6 +117,25 @@ def test_a_suggestion(page, server):
     suggest(page)
     page.keyboard.press("Tab")
     assert document(page) == body["prompt"] + ghost + body["suffix"]
+
+
+def test_in_front_of_a_cluster(browser, server, engine):
+    """The page uses the public interface only, which a gateway has, too."""
+    endpoint = Endpoint(server, tokenizer=engine.tokenizer)
+    service = Service(endpoint, engine.tokenizer, "codellama", {"n_params": 9_000_000})
+    with in_thread(engine, load=lambda: service) as (url, _):
+        wait_for(lambda: is_up(url))
+        with browser.new_context(base_url=url) as context:
+            page = context.new_page()
+            page.goto("/")
+            expect(page.locator("#model")).to_contain_text("1024 tokens of context")
+            body, ghost = suggest(page)
+            reply = httpx.post(
+                f"{server}/v1/completions", json=body | {"stream": False}, timeout=60
+            )
+            assert ghost == reply.json()["choices"][0]["text"]
+            ask(page, "Say hi.")
+            expect(page.locator("#chat-status")).to_contain_text("tokens/s")
 
 
 def test_alternatives_cycle(page):

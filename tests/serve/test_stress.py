@@ -1,8 +1,12 @@
 """Clients that leave, more clients than places, failures, and the end."""
 
 import asyncio
+import json
 import random
 import signal
+import socket
+import statistics
+import threading
 import time
 
 import httpx
@@ -48,6 +52,9 @@ def test_who_leaves_frees_everything(engine, count):
     with in_thread(engine, Limits(max_texts=256)) as (url, service):
         asyncio.run(leave_many(url, count, engine))
         wait_for(lambda: service.n_texts == 0 and blocks(engine) == 0, 2)
+        wait_for(
+            lambda: "codellama-engine" not in {thread.name for thread in threading.enumerate()}
+        )
         assert gauge(url, "running") == gauge(url, "waiting") == 0
         assert service.n_tokens == 0
         reply = httpx.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 8})
@@ -71,6 +78,28 @@ def test_leaving_ends_the_generation_at_once(engine, stream):
 
         asyncio.run(go())
         assert wait_for(lambda: blocks(engine) == 0 and service.n_texts == 0, 5) < 0.3
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_closed_socket_frees_the_engine_within_50_ms(engine, stream):
+    """From close() to free blocks; the median of nine, since a scheduler may pause any of them."""
+    body = json.dumps(LONG | {"stream": stream}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
+    request = f"{head}content-type: application/json\r\n\r\n".encode() + body
+    durations = []
+    with in_thread(engine) as (url, service):
+        for _ in range(9):
+            client = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+            client.sendall(request)
+            wait_for(lambda: gauge_of(service) == 1)
+            assert blocks(engine) > 0
+            begin = time.perf_counter()
+            client.close()
+            while blocks(engine):
+                time.sleep(0.0005)
+            durations.append(time.perf_counter() - begin)
+            wait_for(lambda: service.n_texts == 0)
+    assert statistics.median(durations) < 0.05, durations
 
 
 def gauge_of(service):
@@ -132,7 +161,7 @@ def test_a_long_wait_keeps_the_line_open(engine, monkeypatch):
         lines = httpx.post(f"{url}/v1/completions", json=body).text.split("\n\n")
         assert lines[0] == ": wait"
         assert lines[-2:] == ["data: [DONE]", ""]
-        assert any('"finish_reason": "length"' in line for line in lines)
+        assert any('"finish_reason":"length"' in line for line in lines)
 
 
 def test_limits_of_the_operator(engine):

@@ -92,10 +92,14 @@ class Endpoint(Generator):
         return results
 
     def pieces(
-        self, prompt: Sequence[int], params: SamplingParams, stop_ids: Sequence[int]
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        stop_ids: Sequence[int],
+        whole: bool = False,
     ) -> AsyncGenerator[Piece]:
-        """As `Engine.pieces`."""
-        return self._pieces(Ask(prompt, stop_ids, params=params), streams=True)
+        """As `Engine.pieces`; what comes whole can be asked of another server until its end."""
+        return self._pieces(Ask(prompt, stop_ids, params=params), streams=not whole)
 
     def cancel(self) -> None:
         """End all that was asked through this, except `pieces`; callers get what there is."""

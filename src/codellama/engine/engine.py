@@ -194,9 +194,8 @@ class Engine(Generator):
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
                 loop.call_soon_threadsafe(news.put_nowait, sequence.error or sequence.read())
 
-        generation = self._batcher.submit(sequence, tell, True)
+        generation, is_done = self._batcher.submit(sequence, tell, True), False
         try:
-            is_done = False
             while not is_done:
                 piece = await news.get()
                 if isinstance(piece, Exception):
@@ -204,7 +203,8 @@ class Engine(Generator):
                 is_told, is_done = whole, piece.finish_reason is not None
                 yield piece
         finally:
-            generation.cancel()
+            if not is_done:
+                generation.cancel()
 
     @property
     def cache_use(self) -> float:

@@ -22,6 +22,7 @@ from codellama.tokenizer import Tokenizer
 
 MAX_WAIT_S = 30.0  # before a server that failed is asked again
 DESCRIBE_S = 10.0
+_PROBE = "def f(x):\n    return 'é'"
 _SAME_NAMES = (
     *("top_p", "top_k", "min_p", "seed", "stop"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
@@ -57,6 +58,7 @@ class Upstream:
         """What was wrong with its last answer."""
         self._tokenizer = tokenizer
         self._n_failures = 0
+        self._is_foreign = False
 
     def note(self, error: BaseException | None) -> None:
         """Remember how a request went; after failures the server rests, ever longer."""
@@ -73,7 +75,7 @@ class Upstream:
 
         Raises:
             ValueError: it refuses.
-            FailedError: it failed.
+            FailedError: it failed, or its vocabulary is not the tokenizer's.
         """
         response = await client.get(self.url + "/models", timeout=DESCRIBE_S)
         await _check(response)
@@ -85,6 +87,22 @@ class Upstream:
             self.max_context = told or MAX_TOKENS
         except (ValueError, LookupError, TypeError, AttributeError):
             raise FailedError("/models has not OpenAI's form") from None
+        self._is_foreign = not await self._has_our_ids(client)
+        if self._is_foreign:
+            raise FailedError(f"its ids are not those of the tokenizer; {self.model} is another")
+
+    async def _has_our_ids(self, client: httpx.AsyncClient) -> bool:
+        """Whether a text has the same ids there; true where a server cannot be asked."""
+        if self._tokenizer is None:
+            return True
+        expected = self._tokenizer.encode(_PROBE)
+        body = {"model": self.model, "prompt": _PROBE, "add_special_tokens": False}  # vLLM
+        url = self.url.removesuffix("/v1") + "/tokenize"
+        reply = await client.post(url, json=body | {"content": _PROBE}, timeout=DESCRIBE_S)
+        try:
+            return reply.status_code != 200 or reply.json()["tokens"] == expected
+        except (ValueError, LookupError, TypeError):
+            return True
 
     async def pieces(
         self, client: httpx.AsyncClient, ask: Ask, streams: bool
@@ -96,7 +114,7 @@ class Upstream:
             FailedError: it failed.
             httpx.HTTPError: so did the connection.
         """
-        if self.model is None:
+        if self.model is None or self._is_foreign:
             await self.describe(client)
         path, body = request_of(ask)
         body |= {"model": self.model, "stream": streams}

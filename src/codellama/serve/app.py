@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -28,6 +29,7 @@ from codellama.serve.guard import MAX_HEADER_BYTES, Guard, Protocol, Rules
 from codellama.serve.replies import ApiError, as_json
 from codellama.serve.service import Ready, Service, failed
 
+_log = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
 CHECK_S = 2.0  # between looks at the servers of a cluster
 
@@ -65,11 +67,15 @@ def create_app(
         except Exception as error:  # noqa: BLE001  the caller decides what becomes of it
             on_failure(error)
             return
+        known: dict[str, str | None] = {}
         while isinstance(service.source, Endpoint):
+            problems = await service.source.check()
+            for url, problem in problems.items() - known.items():
+                _log.warning("%s: %s", url, problem or "answers")
+            known = problems
             if service.source.failure is None:  # once a server of the cluster has answered
                 service.max_context, app.state.service = service.source.max_context, service
             await asyncio.sleep(CHECK_S)
-            await service.source.check()
         app.state.service = service
 
     @asynccontextmanager

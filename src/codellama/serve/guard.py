@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 from pydantic_core import from_json
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from codellama.serve.replies import ApiError
+from codellama.serve.replies import ApiError, as_text
 from codellama.serve.service import Service, busy
 
 Scope = MutableMapping[str, Any]
@@ -201,7 +200,7 @@ class Protocol(H11Protocol):
 
     def _refuse(self, status: int, message: str) -> None:
         """Reply in the shape of all errors, without h11, which is in no state to, and close."""
-        body = json.dumps(ApiError(status, message).body(is_ollama=False))
+        body = as_text(ApiError(status, message).body(is_ollama=False))
         head = f"HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\n"
         head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         self.transport.write((head + body).encode())

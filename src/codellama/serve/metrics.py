@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -17,25 +18,19 @@ class Metrics:
     """The counters of one server."""
 
     def __init__(self) -> None:
-        self.registry = known = CollectorRegistry()
-        names = ("path", "status")
-        self.requests = Counter("codellama_requests", "Replies.", names, registry=known)
-        self.cancelled = Counter("codellama_cancelled", "Requests ended early.", registry=known)
-        self.prompt_tokens = Counter("codellama_prompt_tokens", "In prompts.", registry=known)
-        self.cached_tokens = Counter(
-            "codellama_cached_tokens", "Of these, found in the cache.", registry=known
-        )
-        self.tokens = Counter("codellama_generated_tokens", "Generated.", registry=known)
-        self.waiting = Gauge("codellama_waiting", "Texts not begun yet.", registry=known)
-        self.running = Gauge("codellama_running", "Texts being written.", registry=known)
-        self.cache_use = Gauge(
-            "codellama_cache_use", "Share of the cache that is held.", registry=known
-        )
-        self.first_token_s = Histogram(
-            "codellama_first_token_seconds", "Wait.", buckets=_SECONDS, registry=known
-        )
+        self.registry = CollectorRegistry()
+        all_of: Any = {"namespace": "codellama", "registry": self.registry}
+        self.requests = Counter("requests", "Replies.", ("path", "status"), **all_of)
+        self.cancelled = Counter("cancelled", "Requests ended early.", **all_of)
+        self.prompt_tokens = Counter("prompt_tokens", "In prompts.", **all_of)
+        self.cached_tokens = Counter("cached_tokens", "Of these, found in the cache.", **all_of)
+        self.tokens = Counter("generated_tokens", "Generated.", **all_of)
+        self.waiting = Gauge("waiting", "Texts not begun yet.", **all_of)
+        self.running = Gauge("running", "Texts being written.", **all_of)
+        self.cache_use = Gauge("cache_use", "Share of the cache that is held.", **all_of)
+        self.first_token_s = Histogram("first_token_seconds", "Wait.", buckets=_SECONDS, **all_of)
         self.tokens_per_s = Histogram(
-            "codellama_tokens_per_second", "Behind the first.", buckets=_RATES, registry=known
+            "tokens_per_second", "Behind the first.", buckets=_RATES, **all_of
         )
 
     @contextmanager

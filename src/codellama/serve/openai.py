@@ -197,9 +197,8 @@ class _Reply:
         async with aclosing(stream) as pieces:
             async for number, piece, result in pieces:
                 if self.is_chat and number not in results:
-                    delta = {"role": "assistant", "content": ""}
-                    opening = {"index": number, "delta": delta, "finish_reason": None}
-                    yield self.head(kind, [opening | {"logprobs": None}])
+                    opening = {"index": number, "delta": {"role": "assistant", "content": ""}}
+                    yield self.head(kind, [opening | {"logprobs": None, "finish_reason": None}])
                 choice = await self.choice(number, piece, "delta", n_chars.get(number))
                 n_chars[number] = n_chars.get(number, 0) + len(choice.get("text", ""))
                 results[number] = result
@@ -279,11 +278,9 @@ class _Reply:
         ]
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        data, text = (
-            self.service.tokenizer.token_bytes(token),
-            token_text(self.service.tokenizer, token),
-        )
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(data)}
+        tokenizer = self.service.tokenizer
+        known = {"token": token_text(tokenizer, token), "logprob": _finite(logprob)}
+        return known | {"bytes": list(tokenizer.token_bytes(token))}
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

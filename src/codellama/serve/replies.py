@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from fastapi import Response
 from fastapi.responses import StreamingResponse
 
 PING_S = 10.0
+as_text = json.JSONEncoder(separators=(",", ":")).encode  # llama.vim wants no space behind a colon
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -50,36 +51,27 @@ class ApiError(Exception):
 
 def as_json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A JSON reply; ASCII, so that there is no text that it cannot carry."""
-    return Response(json.dumps(value), status, headers, "application/json")
+    return Response(as_text(value), status, headers, "application/json")
 
 
 async def as_events(chunks: AsyncGenerator[Any], done: bytes = b"data: [DONE]\n\n") -> Response:
     """Server-sent events; comments keep the connection alive until the first."""
-
-    def event(chunk: Any) -> bytes:
-        return f"data: {json.dumps(chunk)}\n\n".encode()
-
-    return await _streamed(chunks, event, b": wait\n\n", done, "text/event-stream")
+    return await _streamed(chunks, "data: {}\n\n", b": wait\n\n", done, "text/event-stream")
 
 
 async def as_lines(chunks: AsyncGenerator[Any]) -> Response:
     """One JSON object on each line."""
-
-    def line(chunk: Any) -> bytes:
-        return f"{json.dumps(chunk)}\n".encode()
-
-    return await _streamed(chunks, line, b"", b"", "application/x-ndjson")
+    return await _streamed(chunks, "{}\n", b"", b"", "application/x-ndjson")
 
 
 async def _streamed(
-    chunks: AsyncGenerator[Any],
-    encoded: Callable[[Any], bytes],
-    ping: bytes,
-    done: bytes,
-    media_type: str,
+    chunks: AsyncGenerator[Any], form: str, ping: bytes, done: bytes, media_type: str
 ) -> Response:
     """Stream chunks. An error before the first is still a reply with a status of its own."""
     first = asyncio.ensure_future(anext(chunks))
+
+    def encoded(chunk: Any) -> bytes:
+        return form.format(as_text(chunk)).encode()
 
     async def close() -> None:
         if not first.done():

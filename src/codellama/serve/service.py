@@ -244,8 +244,7 @@ class Service:
         prompt, source = result.prompt, self.source
         with self.metrics.text(result):
             try:
-                options = {"whole": whole} if isinstance(source, Engine) else {}
-                pieces: Any = source.pieces(prompt.ids, params, prompt.stop_ids, **options)
+                pieces: Any = source.pieces(prompt.ids, params, prompt.stop_ids, whole)
                 if edit != Edit():
                     pieces = edited(pieces, edit, prompt.suffix)
                 async with aclosing(pieces) as stream:
