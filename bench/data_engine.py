@@ -4,8 +4,8 @@
 
 Reads Python out of real wheels (repeated under other names, with every tenth word changed, where
 there is less than asked for), filters, finds exact and near duplicates, writes Parquet. --full adds
-parsing and the detection of secrets. Then each step alone in one process, and the same texts
-through datasketch and rensa where these are installed. The last line is one JSON object.
+parsing and the detection of secrets. Then each step alone in one process. The last line is one
+JSON object. Peers are in near_duplicates.py and secret_recall.py.
 """
 
 from __future__ import annotations
@@ -120,42 +120,6 @@ def steps(sample: list[str]) -> dict[str, float]:
     return {name: round(n_bytes / 1e6 / cpu_s(run), 1) for name, run in work.items()}
 
 
-def peers(sample: list[str]) -> dict[str, float]:
-    """MB/s and core of MinHash signatures by others, with the same n-grams and hashes."""
-    near = NearDuplicates()
-    n_bytes = sum(len(text.encode()) for text in sample)
-    rates: dict[str, float] = {}
-
-    def shingles(text: str) -> list[bytes]:
-        words = text.encode().split()
-        n = near.ngram
-        return [b" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))]
-
-    try:
-        import datasketch
-
-        def sketch() -> None:
-            for text in sample:
-                datasketch.MinHash(num_perm=near.n_hashes).update_batch(shingles(text))
-
-        rates["datasketch"] = round(n_bytes / 1e6 / cpu_s(sketch), 2)
-    except ImportError:
-        pass
-    try:
-        import rensa
-
-        def rust() -> None:
-            for text in sample:
-                minhash = rensa.RMinHash(num_perm=near.n_hashes, seed=1)
-                minhash.update([shingle.decode("utf-8", "replace") for shingle in shingles(text)])
-                minhash.digest()
-
-        rates["rensa"] = round(n_bytes / 1e6 / cpu_s(rust), 2)
-    except ImportError:
-        pass
-    return rates
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("wheels", type=Path)
@@ -190,7 +154,6 @@ def main() -> None:
         "n_documents": sum(manifest["n_documents"].values()),
         "dropped": {reason: drop["n"] for reason, drop in manifest["dropped"].items()},
         "steps_mb_per_core_s": steps(sample),
-        "peers_mb_per_core_s": peers(sample[:300]),
         "version": staging.VERSION,
     }
     assert isinstance(recipe.corpus, Corpus)
