@@ -13,7 +13,7 @@ from codellama.eval import harness
 from codellama.eval.compare import as_lines, compare
 from codellama.eval.report import figures, table_rows
 from codellama.eval.sampling import Decoding
-from codellama.eval.tasks import PAPER_SUITE, Setting
+from codellama.eval.tasks import PAPER_SUITE, Setting, multipl_e
 
 MODEL = {"name": "m", "n_parameters": 7e9, "is_instruct": False}
 HOSTILE = "</script><script>alert(1)</script>"
@@ -56,7 +56,9 @@ def test_what_is_done_is_not_done_again(shared_data, tmp_path):
     assert second[0]["metrics"] == first[0]["metrics"]
 
 
-def test_a_suite_goes_on_where_a_task_cannot_be_done(shared_data, tmp_path):
+def test_a_suite_goes_on_where_a_task_cannot_be_done(shared_data, tmp_path, monkeypatch):
+    missing = "csharp needs 'mcs', which is not installed"
+    monkeypatch.setattr(multipl_e, "missing_toolchain", lambda language: missing)
     (skipped, done), _ = run(tmp_path, shared_data, lambda *_: "x", ("multipl-e-cs", "lcc"))
     assert "not installed" in skipped["skipped"]
     assert done["n_scored"] == 26

@@ -204,10 +204,15 @@ def _check(tasks: list[str] | None, data: Path | None, workers: int, as_json: bo
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(tasks or REFERENCE_TASKS):
         task = _task(name, _setting(data))
-        reason = task.unavailable()
-        rows.append(
-            {"task": name, "skipped": reason} if reason else check_references(task, workers)
-        )
+        try:
+            reason = task.unavailable()
+            rows.append(
+                {"task": name, "skipped": reason} if reason else check_references(task, workers)
+            )
+        except ValueError as error:
+            if tasks:
+                raise
+            rows.append({"task": name, "skipped": str(error)})
         if not as_json:
             terminal.say(_reference_line(rows[-1]))
     if as_json:

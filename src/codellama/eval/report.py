@@ -58,11 +58,8 @@ def table_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         wanted = [m for m in result["metrics"] if not m.startswith("pass@") or m in SHOWN_KS]
         for metric in wanted:
             sides = [("", result["metrics"][metric])]
-            sides += [
-                (group, {"value": values[metric]})
-                for group, values in result["groups"].items()
-                if metric in values
-            ]
+            groups = result["groups"].items()
+            sides += [(name, {"value": of[metric]}) for name, of in groups if metric in of]
             for group, value in sides:
                 key = (result["task"], metric, group)
                 paper = published(result["task"], metric, near, group)
@@ -70,8 +67,7 @@ def table_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 row |= {"temperature": settings.get("temperature"), "n_samples": settings.get("n")}
                 row |= {"paper": paper, "paper_model": near if paper is not None else None}
                 row["others"] = others(result["task"], metric) if not group else {}
-                row["n_scored"], row["n_problems"] = result["n_scored"], result["n_problems"]
-                row["n_errors"] = result["n_errors"]
+                row |= {name: result[name] for name in ("n_scored", "n_problems", "n_errors")}
                 if key not in rows or row["value"] > rows[key]["value"]:
                     rows[key] = row
     return list(rows.values())

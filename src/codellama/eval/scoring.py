@@ -35,8 +35,7 @@ def judge_all(
 ) -> dict[Answer, Verdict]:
     """A verdict for every different answer, however often it was given.
 
-    Args:
-        patience: these limits, without a second run; calibrated and decided alone by default.
+    Limits are calibrated and timeouts decided by a second run, unless `patience` sets them.
 
     Raises:
         ValueError: the task cannot be scored here, or the sandbox refuses to run a program.
