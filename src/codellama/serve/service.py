@@ -198,8 +198,8 @@ class Service:
         n_ids = self.tokenizer.vocab_size
         if wrong := [token for token, _ in params.logit_bias if token >= n_ids]:
             raise ApiError(400, f"logit_bias of {wrong[0]}: expected token ids in [0, {n_ids})")
-        if params.schema is not None:  # compiled once, not in the event loop
-            await asyncio.to_thread(matcher_of, self.tokenizer, params.schema)
+        if params.has_grammar:  # compiled once, not in the event loop
+            await asyncio.to_thread(matcher_of, self.tokenizer, params)
         for prompt in request.prompts:
             if (n := len(prompt.ids)) > self.max_context:
                 message = f"the prompt has {n} tokens, the model's context {self.max_context}"
