@@ -24,7 +24,7 @@ def write_archives(folder: Path, n_archives: int) -> None:
     for number in range(n_archives):
         with zipfile.ZipFile(folder / f"a{number:02}.zip", "w") as archive:
             archive.writestr("LICENSE", "Apache License, Version 2.0")
-            for file in files[number::n_archives]:
+            for file in files[number::n_archives][:5]:
                 archive.write(file, file.name)
 
 
@@ -43,7 +43,7 @@ def wait_until(condition: object, process: subprocess.Popen, timeout_s: float) -
 def test_a_cluster_that_loses_a_node(tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster
 
-    write_archives(tmp_path / "archives", 40)
+    write_archives(tmp_path / "archives", 24)
     source = {"name": "code", "kind": "archive", "path": str(tmp_path / "archives")}
     settings = {"near_duplicates": {}, "filters": {"redact": True}}
     local = prepare_corpus(make_recipe(tmp_path / "local", [source], **settings))
@@ -67,13 +67,13 @@ def test_a_cluster_that_loses_a_node(tmp_path: Path) -> None:
 
         def both_work() -> bool:
             workers.update(path.name.split(".")[2] for path in staged.glob(".*.tmp"))
-            return len(workers) > 1 and len(list(staged.glob("*.parquet"))) > 4
+            return len(workers) > 1 and len(list(staged.glob("*.parquet"))) > 3
 
-        wait_until(both_work, process, 500)
+        wait_until(both_work, process, 1500)
         cluster.remove_node(other, allow_graceful=False)
         n_done = len(list(staged.glob("*.parquet")))
-        assert n_done < 36, "nothing was left for the node that stays"
-        _, errors = process.communicate(timeout=500)
+        assert n_done < 20, "nothing was left for the node that stays"
+        _, errors = process.communicate(timeout=1500)
         assert process.returncode == 0, errors[-3000:]
     finally:
         cluster.shutdown()
