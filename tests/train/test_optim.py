@@ -1,4 +1,4 @@
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def test_muon_is_for_the_matrices_within_the_blocks():
     muon, *adamw = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
     assert len(muon) == 7
     assert all(".layers.0." in name and name.endswith("proj.weight") for name in muon)
-    assert sorted(muon + sum(adamw, [])) == sorted(names.values())
+    assert sorted([*muon, *chain(*adamw)]) == sorted(names.values())
 
 
 def test_update_of_muon_has_equal_singular_values():

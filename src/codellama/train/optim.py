@@ -28,10 +28,12 @@ class Muon:
         self.state = muon.state = others.state  # by parameter, of which they have none in common
 
     def step(self) -> None:
+        """Update all weights."""
         for part in self.parts:
             part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
         for part in self.parts:
             part.zero_grad(set_to_none)
 
