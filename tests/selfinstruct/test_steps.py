@@ -206,7 +206,7 @@ def test_roles_are_models_or_addresses():
 def test_the_command_says_which_steps_there_are(done, capsys):
     recipe = str(done.recipe.work.parent / "recipe.toml")
     assert run_command(["selfinstruct", recipe, "--step", "wrong"]) == 2
-    assert "mine, ask, questions" in capsys.readouterr().err
+    assert "mine, observe, ask, questions" in capsys.readouterr().err
     assert run_command(["selfinstruct", recipe, "--step", "select", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["funnel"]["problems held out"] == 1
 

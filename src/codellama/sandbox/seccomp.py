@@ -39,6 +39,7 @@ getgid 104 176, getegid 108 177, getgroups 115 158, getresuid 118 148, getresgid
 getpgrp 111 -, getpgid 121 155, getsid 124 156, uname 63 160, sysinfo 99 179, getrlimit 97 163,
 setrlimit 160 164, getpriority 140 141, getcpu 309 168, sched_yield 24 124,
 sched_getaffinity 204 123, sched_getparam 143 121, sched_getscheduler 145 120,
+sched_setscheduler 144 119,
 sched_get_priority_max 146 125, sched_get_priority_min 147 126, futex 202 98,
 set_robust_list 273 99, get_robust_list 274 100, set_tid_address 218 96, rseq 334 293,
 membarrier 324 283, getrandom 318 278, arch_prctl 158 -, exit 60 93, exit_group 231 94,
