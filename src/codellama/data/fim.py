@@ -83,7 +83,7 @@ def transform(
     ids = infilling_example(tokenizer, prefix, middle, suffix, suffix_first)
     if rng.random() >= middle_share:
         return ids, 0
-    begin = len(ids) - 1 - ids[::-1].index(infilling_ids(tokenizer)[2]) + 1
+    begin = ids.index(infilling_ids(tokenizer)[2]) + 1  # no text gives a second MID
     if suffix_first:  # one token may be of both, and is then the middle's
         pairs = zip(ids[begin:], tokenizer.encode(prefix), strict=False)
         begin += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -203,9 +203,8 @@ class Lane:
             )
             if transformed is not None and len(transformed[0]) + 2 <= n_remaining:
                 ids, begin = transformed
-                n_all = len(ids) + 2  # with BOS before them
-                learn = [False] * (begin + 1) + [True] * (n_all - begin - 1) if begin else None
-                return Encoded(name, [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id], learn)
+                ids = [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
+                return Encoded(name, ids, [at > begin for at in range(len(ids))] if begin else None)
         return whole
 
     def _whole(self) -> Encoded:
