@@ -1,16 +1,18 @@
 import hashlib
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from trees import program
 
 from codellama.artifact import write_manifest
 from codellama.cli import run_command
 from codellama.data import corpus
-from codellama.data.corpus import CorpusReader, ShardWriter, corpus_documents
+from codellama.data.corpus import SCHEMA, CorpusReader, ShardWriter, corpus_documents
 
 TEXTS = [program(f"module_{n}", 5 + n % 7) + "# ünïcode 日本\r\n" for n in range(60)]
 
@@ -25,6 +27,10 @@ def row(number: int, split: str) -> dict[str, Any]:
     return fixed | {"text": text, "path": path, "n_bytes": size, "sha256": digest, "split": split}
 
 
+def table(numbers: Iterable[int], split: str) -> pa.Table:
+    return pa.Table.from_pylist([row(number, split) for number in numbers], schema=SCHEMA)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Fifty training documents in several shards of several row groups, ten for validation."""
@@ -32,8 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shards = []
     for split, numbers in (("train", range(50)), ("validation", range(50, 60))):
         writer = ShardWriter(tmp_path, split, shard_bytes=8000)
-        for number in numbers:
-            writer.add(row(number, split))
+        writer.add(table(numbers, split))
         writer.close()
         shards += writer.shards
     write_manifest(tmp_path, "corpus", shards=shards, fingerprint="f")
@@ -51,6 +56,21 @@ def test_reads_what_was_written_in_any_order(folder: Path) -> None:
     assert reader.row(17) == row(17, "train")
     assert list(CorpusReader(folder, "validation")) == TEXTS[50:]
     assert reader.fingerprint == "f"
+
+
+def test_shards_do_not_depend_on_how_many_documents_come_at_a_time(
+    folder: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    again.mkdir()
+    writer = ShardWriter(again, "train", shard_bytes=8000)
+    numbers = list(range(50))
+    for begin, end in ((0, 1), (1, 8), (8, 8), (8, 40), (40, 50)):
+        writer.add(table(numbers[begin:end], "train"))
+    writer.close()
+    for shard in writer.shards:
+        assert (again / shard["file"]).read_bytes() == (folder / shard["file"]).read_bytes()
+    assert len(writer.shards) == len(list(folder.glob("train-*")))
 
 
 def test_random_documents_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

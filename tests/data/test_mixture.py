@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 
+import pyarrow as pa
 import pytest
 from loader_inputs import TextList, make_texts
 
@@ -29,7 +30,8 @@ def write_corpus(folder, rows):
         for row in rows:
             values = dict(zip(("text", "source", "language", "kind"), row, strict=False))
             values |= {"n_bytes": 2, "sha256": row[0], "split": "train"}
-            writer.add(dict.fromkeys(SCHEMA.names, "x") | values)
+            rows = [dict.fromkeys(SCHEMA.names, "x") | values]
+            writer.add(pa.Table.from_pylist(rows, schema=SCHEMA))
         writer.close()
         write_manifest(target, KIND, shards=writer.shards, fingerprint="")
 

@@ -228,13 +228,11 @@ def test_a_failure_while_writing_leaves_the_previous_corpus(
 ) -> None:
     folder = prepare_corpus(make_recipe(tmp_path / "work", tree))
     before = content(folder)
-    n_rows = 0
+    whole = shuffle.ShardWriter.add
 
-    def fail(self: Any, row: dict[str, Any]) -> None:
-        nonlocal n_rows
-        n_rows += 1
-        if n_rows > 10:
-            raise error
+    def fail(self: Any, table: Any) -> None:
+        whole(self, table.slice(0, 10))
+        raise error
 
     monkeypatch.setattr(shuffle.ShardWriter, "add", fail)
     expected = r"corpus: could not write .*No space left" if isinstance(error, OSError) else None

@@ -1,8 +1,9 @@
+import pyarrow as pa
 import pytest
 from trees import make_recipe
 
 from codellama.artifact import new_folder, write_manifest
-from codellama.data.corpus import KIND, ShardWriter
+from codellama.data.corpus import KIND, SCHEMA, ShardWriter
 from codellama.data.vocabulary import prepare_tokenizer
 from codellama.recipe import TokenizerSettings
 from codellama.tokenizer import Tokenizer
@@ -18,7 +19,7 @@ def recipe_with(work, texts, **tokenizer):
                 row = dict.fromkeys(("source", "repository", "path", "language", "licence"), "x")
                 marked = text if split == "train" else "# ZZZZQ ZZZZQ\n" * 2000
                 row |= {"text": marked, "n_bytes": len(marked.encode()), "sha256": "0" * 64}
-                writer.add({**row, "split": split})
+                writer.add(pa.Table.from_pylist([{**row, "split": split}], schema=SCHEMA))
             writer.close()
             shards += writer.shards
         write_manifest(folder, KIND, shards=shards, fingerprint="f")

@@ -33,6 +33,9 @@ SCHEMA = pa.schema(
     ]
 )
 
+REPEATED: Any = [name for name in _ABOUT if name != "path"] + ["reason", "split"]
+"""Columns that get a dictionary; one of texts would cost time and save nothing."""
+
 SHARD_BYTES = 64_000_000  # of text; 15 to 20 MB on disk
 ROW_GROUP_BYTES = 1_000_000  # decoded in 2 ms, so that reading one document at random stays cheap
 CACHE_BYTES = 1 << 30  # a corpus of this size is decoded once; a larger one is read in order
@@ -44,18 +47,22 @@ class ShardWriter:
     def __init__(self, folder: Path, split: str, shard_bytes: int = SHARD_BYTES) -> None:
         self.shards: list[dict[str, Any]] = []
         self._folder, self._split, self._shard_bytes = folder, split, shard_bytes
-        self._rows: list[dict[str, Any]] = []
+        self._waiting: list[pa.Table] = []
         self._group_bytes = self._written_bytes = self._written_rows = 0
         self._writer: pq.ParquetWriter | None = None
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Append one document."""
-        self._rows.append(row)
-        self._group_bytes += row["n_bytes"]
-        if self._group_bytes >= ROW_GROUP_BYTES:
-            self._flush()
-        if self._written_bytes >= self._shard_bytes:
-            self.close()
+    def add(self, table: pa.Table) -> None:
+        """Append documents, in any number at a time: the same ones give the same shards."""
+        begin = 0
+        for end, n_bytes in enumerate(table.column("n_bytes").to_pylist(), start=1):
+            self._group_bytes += n_bytes
+            if self._group_bytes >= ROW_GROUP_BYTES:
+                self._waiting.append(table.slice(begin, end - begin))
+                self._flush()
+                begin = end
+            if self._written_bytes >= self._shard_bytes:
+                self.close()
+        self._waiting.append(table.slice(begin))
 
     def close(self) -> None:
         """Finish the shard that is open and record its rows, size and checksum."""
@@ -81,15 +88,20 @@ class ShardWriter:
         return f"{self._split}-{len(self.shards):05d}.parquet"
 
     def _flush(self) -> None:
-        if not self._rows:
+        # In one piece, for where a table is cut changes the bytes that are written.
+        table = pa.concat_tables([SCHEMA.empty_table(), *self._waiting]).combine_chunks()
+        self._waiting = []
+        if not len(table):
             return
         if self._writer is None:
             path = self._folder / self._name()
-            self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
-        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA))
-        self._written_rows += len(self._rows)
+            self._writer = pq.ParquetWriter(
+                path, SCHEMA, compression="zstd", use_dictionary=REPEATED
+            )
+        self._writer.write_table(table)
+        self._written_rows += len(table)
         self._written_bytes += self._group_bytes
-        self._rows, self._group_bytes = [], 0
+        self._group_bytes = 0
 
 
 def verify_shard(folder: Path, shard: dict[str, Any]) -> None:

@@ -18,8 +18,7 @@ def normalised_key(text: str) -> bytes:
 
     Of two different texts among 10^12, the chance to have equal keys is below 10^-14.
     """
-    lines = (line.rstrip() for line in text.splitlines())
-    content = "\n".join(line for line in lines if line)
+    content = "\n".join(filter(None, map(str.rstrip, text.splitlines())))
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:KEY_BYTES]
 
 

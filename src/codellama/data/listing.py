@@ -195,16 +195,17 @@ def _list_tree(source: Source, listing: Listing) -> Iterator[_Found]:
         raise ValueError(f"{root}: no such folder (source {source.name!r} of the recipe)")
     names = (".git", "pyproject.toml", "setup.py", "setup.cfg", "package.json", "Cargo.toml")
     whole = _folder_licence(root) != UNKNOWN or any((root / name).exists() for name in names)
-    licences: dict[Path, str] = {}
+    about: dict[str, tuple[str, str]] = {}  # of each repository's folder its name and licence
     resolved = root.resolve()
     for file in _wanted_files(root, source, listing):
         path = file.relative_to(root).as_posix()
-        folder = root if whole or "/" not in path else root / path.split("/")[0]
-        if folder not in licences:
-            found = _folder_licence(folder)
-            licences[folder] = source.licence if found == UNKNOWN else found
-        repository, inner = as_text(folder.resolve().name), file.relative_to(folder).as_posix()
-        yield _file(repository, inner, licences[folder], file, resolved)
+        inside = "" if whole or "/" not in path else path.split("/")[0]
+        if inside not in about:
+            licence = _folder_licence(root / inside)
+            licence = source.licence if licence == UNKNOWN else licence
+            about[inside] = as_text((root / inside).resolve().name), licence
+        repository, licence = about[inside]
+        yield _file(repository, path.removeprefix(f"{inside}/"), licence, file, resolved)
 
 
 def _folder_licence(folder: Path) -> str:

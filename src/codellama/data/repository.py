@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from codellama.artifact import new_folder, write_manifest
-from codellama.data.corpus import KIND, SPLITS, CorpusReader, ShardWriter, Split
+from codellama.data.corpus import KIND, SCHEMA, SPLITS, CorpusReader, ShardWriter, Split
 from codellama.data.imports import imported_names
 from codellama.data.split import unit_hash
 
@@ -41,7 +43,7 @@ def write_repositories(corpus: Path, folder: Path) -> None:
             writer = ShardWriter(partial, split)
             n_documents[split] = 0
             for row in _rows(reader, split):
-                writer.add(row)
+                writer.add(pa.Table.from_pylist([row], schema=SCHEMA))
                 n_documents[split] += 1
             writer.close()
             shards += writer.shards

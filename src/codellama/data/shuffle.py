@@ -23,7 +23,7 @@ from codellama.data.corpus import SCHEMA, SPLITS, ShardWriter
 
 pc: Any = pyarrow.compute  # its functions are made at import, unknown to type checkers
 BUCKET_BYTES = 128_000_000  # of text; sorting one takes twice this
-BUFFER_BYTES = 256_000_000  # of text, for all buckets together
+BUFFER_BYTES = 32_000_000  # of text, for all buckets together
 FIELDS = ("repository", "path", "language", "kind", "licence", "n_bytes", "sha256", "text")
 
 
@@ -62,8 +62,8 @@ def write_shards(
     for number, split in enumerate(SPLITS):
         writer = ShardWriter(folder, split)
         for bucket in range(n_buckets):
-            for row in _sorted_rows(spill / f"{number}-{bucket}.parquet"):
-                writer.add(row | {"split": split})
+            for table in _sorted(spill / f"{number}-{bucket}.arrow", split):
+                writer.add(table)
         writer.close()
         shards += writer.shards
     shutil.rmtree(spill)
@@ -77,16 +77,17 @@ _SPILLED = pa.schema(
 
 def _spill(parts: list[Part], n_buckets: int, spill: Path, advance: Callable[[int], None]) -> None:
     """Read everything once and append each kept document to its bucket."""
-    waiting: dict[str, list[pa.Table]] = {}
-    writers: dict[str, pq.ParquetWriter] = {}
+    waiting: dict[int, list[pa.Table]] = {}
+    writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
     n_waiting = 0
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
 
     def flush() -> None:
         for name, tables in waiting.items():
             if name not in writers:
-                writers[name] = pq.ParquetWriter(
-                    spill / f"{name}.parquet", _SPILLED, compression="lz4"
-                )
+                number, bucket = divmod(name, n_buckets)
+                path = str(spill / f"{number}-{bucket}.arrow")
+                writers[name] = pa.ipc.new_file(path, _SPILLED, options=options)
             writers[name].write_table(pa.concat_tables(tables))
         waiting.clear()
 
@@ -95,15 +96,15 @@ def _spill(parts: list[Part], n_buckets: int, spill: Path, advance: Callable[[in
             advance(len(part.split))
             continue
         for table, rows in row_groups(part.path, FIELDS):
-            split, order = part.split[rows], part.order[rows]
-            bucket = np.minimum((order * n_buckets).astype(np.int64), n_buckets - 1)
-            names = split.astype(np.int64) * n_buckets + bucket
-            table = _columns(table, part.source, order)
-            for name in np.unique(names[split >= 0]):
-                number, in_bucket = divmod(int(name), n_buckets)
-                chosen = table.filter(pa.array((names == name) & (split >= 0)))
-                waiting.setdefault(f"{number}-{in_bucket}", []).append(chosen)
-                n_waiting += chosen.nbytes
+            split, order = part.split[rows].astype(np.int64), part.order[rows]
+            names = split * n_buckets + np.minimum((order * n_buckets).astype(int), n_buckets - 1)
+            chosen = np.argsort(names, kind="stable")
+            chosen = chosen[split[chosen] >= 0]
+            kept = _columns(table.take(chosen), part.source, order[chosen])
+            found, begins = np.unique(names[chosen], return_index=True)
+            for name, begin, end in zip(found, begins, [*begins[1:], len(chosen)], strict=True):
+                waiting.setdefault(int(name), []).append(kept.slice(begin, end - begin))
+            n_waiting += kept.nbytes
             if n_waiting >= BUFFER_BYTES:
                 flush()
                 n_waiting = 0
@@ -115,21 +116,22 @@ def _spill(parts: list[Part], n_buckets: int, spill: Path, advance: Callable[[in
 
 def _columns(table: pa.Table, source: str, order: np.ndarray) -> pa.Table:
     """The columns of a document's row; the hash as hexadecimal text."""
-    digests = [digest and digest.hex() for digest in table.column("sha256").to_pylist()]
     made = {
         "source": pa.array([source] * table.num_rows, pa.string()),
-        "sha256": pa.array(digests, pa.string()),
+        "sha256": pa.array([digest.hex() for digest in table.column("sha256").to_pylist()]),
         "order": pa.array(order),
     }
     columns = [made[f.name] if f.name in made else table.column(f.name) for f in _SPILLED]
     return pa.table(columns, schema=_SPILLED)
 
 
-def _sorted_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _sorted(path: Path, split: str) -> Iterator[pa.Table]:
+    """The documents of a bucket in their order, with the columns of a corpus."""
     if not path.exists():
         return
-    table = pq.read_table(path)
+    with pa.memory_map(str(path)) as file:
+        table = pa.ipc.open_file(file).read_all().combine_chunks()
     indices = pc.sort_indices(table, [("order", "ascending"), ("sha256", "ascending")])
-    table = table.drop_columns(["order"])
+    table = table.append_column("split", pa.repeat(split, len(table))).select(SCHEMA.names)
     for begin in range(0, len(indices), 1024):
-        yield from table.take(indices.slice(begin, 1024)).to_pylist()
+        yield table.take(indices.slice(begin, 1024))

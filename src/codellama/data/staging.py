@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from codellama.data.archives import RawDocument
+from codellama.data.corpus import REPEATED
 from codellama.data.decontaminate import BlockList, cut
 from codellama.data.dedup import KEY_BYTES, normalised_key
 from codellama.data.extract import docstrings, notebook_text
@@ -35,7 +36,7 @@ from codellama.data.secrets import redact
 from codellama.data.sources import Entry, Unit, read_unit, takes_language
 from codellama.recipe import Filters, NearDuplicates, Source
 
-VERSION = 2  # of the rules below and in the modules they call: a change of meaning raises it
+VERSION = 3  # of the rules below and in the modules they call: a change of meaning raises it
 BATCH_BYTES = 4_000_000  # of text, which a worker holds at a time
 REJECT_BYTES = 20_000  # of a rejected document, where those are kept
 
@@ -86,7 +87,9 @@ def stage_unit(unit: Unit, source: Source, settings: Settings, folder: Path, key
     temporary = folder / f".{key}.{os.getpid()}.tmp"
     n_other = 0
     try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd", compression_level=1) as writer:
+        with pq.ParquetWriter(
+            temporary, schema, compression="zstd", compression_level=1, use_dictionary=REPEATED
+        ) as writer:
             rows: list[dict[str, Any]] = []
             n_bytes = 0
             for raw in read_unit(unit, source, settings.filters.max_bytes):
