@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import random
 import subprocess
 import tarfile
 import zipfile
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from trees import MIT_TEXT, program
 
-from codellama.data import archives
+from codellama.data import archives, listing
 from codellama.data.archives import RawDocument
 from codellama.data.listing import list_sources
 from codellama.data.sources import read_unit
@@ -51,8 +52,8 @@ def write_archive(path: Path, files: dict[str, str]) -> Path:
 def read(path: Path | str, kind: str = "archive", **fields: Any) -> list[RawDocument]:
     max_bytes = fields.pop("max_bytes", 1_000_000)
     source = Source.model_validate({"name": "s", "kind": kind, "path": str(path), **fields})
-    listing = list_sources((source,), Path("cache"))
-    return [d for unit in listing.units for d in read_unit(unit, source, max_bytes)]
+    units = list_sources((source,), Path("cache")).units
+    return [d for unit in units for d in read_unit(unit, source, max_bytes)]
 
 
 def reasons(found: list[RawDocument]) -> list[tuple[str, str | None]]:
@@ -229,11 +230,43 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
 def test_tables_with_columns_of_any_name(tmp_path: Path, ending: str) -> None:
     path = write_rows(tmp_path / f"t.{ending}", ROWS)
     kind = "parquet" if ending == "parquet" else "jsonl"
+    first = len(json.dumps(ROWS[0])) + 1
     found = read(path, kind, columns=MAPPING, licence="CC0-1.0")
     assert [(d.content.decode(), d.path, d.repository, d.licence) for d in found] == [
         ("question\n\nreply", "a.py", "r", "MIT"),
-        ("second", f"t.{ending}#1", "s", "CC0-1.0"),
+        ("second", f"t.{ending}#{1 if kind == 'parquet' else first}", "s", "CC0-1.0"),
     ]
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 2, 7, 64, 150, 3000])
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "zip", "jsonl.gz"])
+def test_each_document_of_a_large_container_is_in_one_of_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, unit_bytes: int
+) -> None:
+    """Also of lines that are longer than a part, empty, damaged, too large or without an end."""
+    path, rng = tmp_path / f"t.{ending}", random.Random(unit_bytes)
+    texts = [rng.randbytes(rng.randrange(1, 120)).hex() for _ in range(30)]
+    if ending == "parquet":
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=4)
+    elif ending == "zip":
+        write_archive(path, {f"m{n}.py": text for n, text in enumerate(texts)})
+    else:
+        lines = [json.dumps({"text": text}).encode() for text in texts]
+        lines[3:3] = [b"", b'{"text": ', b"x" * 70_000]
+        content = b"\r\n".join(lines)
+        path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    kind = {"zip": "archive", "parquet": "parquet"}.get(ending, "jsonl")
+    whole = read(path, kind, max_bytes=240)
+    assert [d.content.decode() for d in whole if not d.reason] == texts or kind == "archive"
+    assert {d.content.decode() for d in whole if not d.reason} == set(texts)
+    monkeypatch.setattr(listing, "UNIT_BYTES", unit_bytes)
+    parts = read(path, kind, max_bytes=240)
+    assert sorted(map(str, parts)) == sorted(map(str, whole))
+    source = Source.model_validate({"name": "s", "kind": kind, "path": str(path)})
+    units = list_sources((source,), tmp_path).units
+    size = path.stat().st_size
+    assert len(units) == (1 if ending.endswith("gz") else -(-size // unit_bytes))
+    assert sum(unit.n_bytes for unit in units) == size
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])

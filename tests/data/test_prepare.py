@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from trees import make_recipe, program, write_tree, write_wheel
@@ -332,6 +333,46 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert content(folder) == content(prepare_corpus(make_recipe(tmp_path / "fresh", tree)))
 
 
+def test_large_files_are_worked_off_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes as from whole files, by two processes, the first of which is interrupted."""
+    texts = [program(f"f{n}") for n in range(60)]
+    rows = [{"text": text, "path": f"m{n}.py"} for n, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:30]))
+    pq.write_table(pa.Table.from_pylist(rows[20:]), tmp_path / "t.parquet", row_group_size=7)
+    sources = [
+        {"name": kind, "kind": kind, "path": str(next(tmp_path.glob(f"*.{kind}")))}
+        for kind in ("jsonl", "parquet")
+    ]
+    fields: dict[str, Any] = {"near_duplicates": {}, "filters": {"permissive_only": False}}
+    whole = prepare_corpus(make_recipe(tmp_path / "whole", sources, **fields))
+    monkeypatch.setattr(listing, "UNIT_BYTES", 2000)
+    recipe = make_recipe(tmp_path / "parts", sources, **fields)
+    stage, n_calls = prepare.stage_unit, 0
+
+    def stop(*arguments: Any) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 4:
+            raise KeyboardInterrupt
+        stage(*arguments)
+
+    monkeypatch.setattr(prepare, "stage_unit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(recipe)
+    before = {path.name: path.stat().st_ino for path in (tmp_path / "parts/staged").iterdir()}
+    assert len(before) == 3
+    monkeypatch.setattr(prepare, "IN_PROCESS_BYTES", 0)  # in worker processes from here on
+    folder = prepare_corpus(recipe)
+    after = {path.name: path.stat().st_ino for path in (tmp_path / "parts/staged").iterdir()}
+    assert after.items() > before.items()
+    assert len(after) > 10
+    assert content(folder) == content(whole)
+    assert manifest(folder)["n_documents"] == {"train": 59, "validation": 1}
+    assert manifest(folder)["dropped"]["duplicate"]["n"] == 10
+
+
 def test_a_new_source_leaves_the_others_as_they_are(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,14 +521,14 @@ def test_every_kind_of_source_and_document_in_one_corpus(tmp_path: Path) -> None
         "n.ipynb": ("code-text", "notebook"),
         "run": ("code", "bash"),
         "rows.jsonl#0": ("text", "text"),
-        "rows.jsonl#1": ("text", "text"),
+        f"rows.jsonl#{rows.read_text().index(chr(10)) + 1}": ("text", "text"),
     }
     assert found["dropped"]["minified"]["examples"] == ["p/app.min.js"]
     assert found["dropped"]["damaged row"]["n"] == 1
     assert list(found["inputs"]["unavailable"]) == ["far"]
     assert found["inputs"]["n_other_files"]["tree"] == 3  # two of JSON, a licence
     card = (folder / "README.md").read_text()
-    assert "| damaged row | 1 | `answers/rows.jsonl#2 (" in card
+    assert f"| damaged row | 1 | `answers/rows.jsonl#{rows.read_text().index('{broken')} (" in card
     assert "| typescript | 1 |" in card
 
 

@@ -24,7 +24,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -62,15 +62,32 @@ class BombError(OSError):
 Wanted = Callable[[str], bool]
 
 
+class Range(NamedTuple):
+    """A part of a container: what begins at one of these bytes. Each document is in one of them."""
+
+    begin: int = 0
+    end: int = 1 << 62
+
+
+WHOLE = Range()
+ZIP_ENDINGS = (".zip", ".whl", ".egg", ".jar")
+
+
+def has_ranges(name: str) -> bool:
+    """Whether a part of a container can be read without what stands before it."""
+    return name.lower().endswith((*ZIP_ENDINGS, ".parquet", ".jsonl", ".ndjson", ".json"))
+
+
 def read_archive(
-    file: BinaryIO, name: str, wanted: Wanted, max_bytes: int
+    file: BinaryIO, name: str, wanted: Wanted, max_bytes: int, part: Range = WHOLE
 ) -> Iterator[RawDocument]:
     """The wanted members of a zip or (compressed) tar file, with the licence that it declares.
 
     max_bytes: of a member are read, one more to show that it is larger.
     """
-    is_zip = name.lower().endswith((".zip", ".whl", ".egg", ".jar"))
-    return _up_to_damage((_zip if is_zip else _tar)(file, name, wanted, max_bytes), name)
+    if name.lower().endswith(ZIP_ENDINGS):
+        return _up_to_damage(_zip(file, wanted, max_bytes, part), name)
+    return _up_to_damage(_tar(file, name, wanted, max_bytes), name)
 
 
 def _up_to_damage(documents: Iterator[RawDocument], name: str) -> Iterator[RawDocument]:
@@ -85,9 +102,9 @@ def _up_to_damage(documents: Iterator[RawDocument], name: str) -> Iterator[RawDo
         yield RawDocument(name, reason="damaged archive", detail=_plain(error))
 
 
-def _zip(file: BinaryIO, _name: str, wanted: Wanted, max_bytes: int) -> Iterator[RawDocument]:
+def _zip(file: BinaryIO, wanted: Wanted, max_bytes: int, part: Range) -> Iterator[RawDocument]:
     archive = zipfile.ZipFile(file)
-    size = file.seek(0, os.SEEK_END)
+    size = min(file.seek(0, os.SEEK_END), part.end) - part.begin
     members = sorted(archive.infolist(), key=lambda info: info.filename)
     evidence: list[tuple[str, bytes]] = []
     for info in members:
@@ -96,6 +113,8 @@ def _zip(file: BinaryIO, _name: str, wanted: Wanted, max_bytes: int) -> Iterator
                 evidence.append((info.filename, member.read(LICENCE_BYTES)))
     licence, n_bytes = _licence(evidence), 0
     for info in members:
+        if not part.begin <= info.header_offset < part.end:
+            continue
         if info.is_dir() or not wanted(info.filename):
             continue
         document = RawDocument(info.filename, licence=licence)
@@ -239,18 +258,29 @@ def read_git(folder: str, files: list[tuple[str, str]], max_bytes: int) -> Itera
 GIT_ENVIRONMENT = {"GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
 
 
-def read_table(file: BinaryIO, name: str, source: Source, max_bytes: int) -> Iterator[RawDocument]:
-    """The rows of a Parquet or JSON lines file as documents."""
-    return _up_to_damage(_documents(file, name, source, max_bytes), name)
+def read_table(
+    file: BinaryIO, name: str, source: Source, max_bytes: int, part: Range = WHOLE
+) -> Iterator[RawDocument]:
+    """The rows of a Parquet or JSON lines file as documents.
+
+    One without a path is named by its number, or by the (unpacked) byte at which its line begins.
+    """
+    return _up_to_damage(_documents(file, name, source, max_bytes, part), name)
 
 
-def _documents(file: BinaryIO, name: str, source: Source, max_bytes: int) -> Iterator[RawDocument]:
-    rows = _parquet_rows if source.kind == "parquet" else _json_rows
+def _documents(
+    file: BinaryIO, name: str, source: Source, max_bytes: int, part: Range
+) -> Iterator[RawDocument]:
     wanted = {
         field: [columns] if isinstance(columns, str) else list(columns)
         for field, columns in source.columns.items()
     }
-    for number, row in enumerate(rows(file, name, wanted, max_bytes)):
+    if source.kind == "parquet":
+        columns = list(dict.fromkeys(name for names in wanted.values() for name in names))
+        rows = _parquet_rows(file, columns, part)
+    else:
+        rows = _json_rows(file, name, max_bytes, part)
+    for number, row in rows:
         path = f"{name}#{number}"
         if isinstance(row, RawDocument):
             row.path = path
@@ -275,35 +305,52 @@ def _documents(file: BinaryIO, name: str, source: Source, max_bytes: int) -> Ite
 
 
 def _parquet_rows(
-    file: BinaryIO, _name: str, wanted: dict[str, list[str]], _max_bytes: int
-) -> Iterator[dict[str, Any]]:
-    table = pq.ParquetFile(file)
-    columns = list(dict.fromkeys(name for names in wanted.values() for name in names))
+    file: BinaryIO, columns: list[str], part: Range
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    table = pq.ParquetFile(file, buffer_size=1 << 20)  # or it would read columns of a group whole
     if absent := [name for name in columns if name not in table.schema_arrow.names]:
         raise KeyError(f"{absent[0]}; the file has {', '.join(table.schema_arrow.names[:20])}")
-    for batch in table.iter_batches(batch_size=64, columns=columns):
-        yield from batch.to_pylist()
+    number = 0
+    for group in range(table.num_row_groups):
+        about = table.metadata.row_group(group)
+        begin = about.column(0).dictionary_page_offset or about.column(0).data_page_offset
+        if part.begin <= max(begin, 0) < part.end:
+            batches = table.iter_batches(64, row_groups=[group], columns=columns)
+            yield from enumerate((row for b in batches for row in b.to_pylist()), number)
+        number += about.num_rows
 
 
 def _json_rows(
-    file: BinaryIO, name: str, _wanted: dict[str, list[str]], max_bytes: int
-) -> Iterator[dict[str, Any] | RawDocument]:
+    file: BinaryIO, name: str, max_bytes: int, part: Range
+) -> Iterator[tuple[int, dict[str, Any] | RawDocument]]:
+    at = file.seek(max(part.begin - 1, 0))
     stream = io.BufferedReader(Limited(unpacked(file, name), file), 1 << 20)
+    if part.begin:  # to the first line that begins in this part; the one before is another's
+        at = _pass_line(stream, at, part.end)
     limit = 6 * max_bytes + 65_536  # a character can be written as \u0000; other columns
-    while line := stream.readline(limit):
+    while at < part.end and (line := stream.readline(limit)):
+        begin, at = at, at + len(line)
         if len(line) == limit and not line.endswith(b"\n"):
-            while line and not line.endswith(b"\n"):
-                line = stream.readline(1 << 20)
-            yield RawDocument(name, reason="too large")
+            at = _pass_line(stream, at)
+            yield begin, RawDocument(name, reason="too large")
             continue
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield RawDocument(name, reason="damaged row", detail=_plain(error))
+            yield begin, RawDocument(name, reason="damaged row", detail=_plain(error))
             continue
-        yield row if isinstance(row, dict) else RawDocument(name, reason="damaged row")
+        yield begin, row if isinstance(row, dict) else RawDocument(name, reason="damaged row")
+
+
+def _pass_line(stream: BinaryIO, at: int, end: int = WHOLE.end) -> int:
+    """Where the line ends that `at` is in; not further than to a place beyond `end`."""
+    while at < end and (passed := stream.readline(1 << 20)):
+        at += len(passed)
+        if passed.endswith(b"\n"):
+            break
+    return at
 
 
 def _plain(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from codellama.data.archives import GIT_ENVIRONMENT, read_git
+from codellama.data.archives import GIT_ENVIRONMENT, Range, has_ranges, read_git
 from codellama.data.licences import LICENCE_FILE, UNKNOWN, licence_of_metadata
 from codellama.data.sources import (
     REMOTE,
@@ -237,21 +237,27 @@ def _list_wheels(source: Source, cache: Path, listing: Listing, fetch: bool) -> 
             print(f"source {key}: left out: {error}", file=sys.stderr)
             continue
         file = _file("", wheel.name, "", wheel)
-        yield _container_unit(source, file, listing, normalised_name(split_pin(package)[0]))
+        yield from _container_units(source, file, listing, normalised_name(split_pin(package)[0]))
 
 
 _ARCHIVE_ENDING = re.compile(r"(?i)\.(?:tar(?:\.\w+)?|t[gbx]z2?|tzst|zip|whl|egg|jar)$")
 
 
-def _container_unit(source: Source, file: _Found, listing: Listing, repository: str = "") -> Unit:
-    """An archive or a table as one unit."""
+def _container_units(
+    source: Source, file: _Found, listing: Listing, repository: str = ""
+) -> Iterator[Unit]:
+    """An archive or a table: one unit, of a large one several where the format allows it."""
     name, location = file.entry.path, file.entry.location
     listing.archives.append(name)
     reader = "table" if source.kind in ("parquet", "jsonl") else "archive"
     if not repository:
         repository = source.name if reader == "table" else _ARCHIVE_ENDING.sub("", name)
-    size, licence = file.n_bytes, source.licence
-    return Unit(source.name, reader, location, name, file.state, size, repository, licence)
+    n_parts = -(-file.n_bytes // UNIT_BYTES) if has_ranges(name) else 1
+    cuts = [file.n_bytes * k // n_parts for k in range(1, n_parts)]
+    for part in map(Range, [0, *cuts], [*cuts, Range().end]):
+        size = min(part.end, file.n_bytes) - part.begin
+        fields = (source.name, reader, location, name, file.state, size, repository, source.licence)
+        yield Unit(*fields, part=part)
 
 
 def _list_containers(source: Source, listing: Listing) -> Iterator[Unit]:
@@ -272,7 +278,7 @@ def _list_containers(source: Source, listing: Listing) -> Iterator[Unit]:
             listing.unavailable[source.name] = "no file there"
         found = [_file("", file.name, "", file) for file in files]
     for file in found:
-        yield _container_unit(source, file, listing)
+        yield from _container_units(source, file, listing)
 
 
 def _list_remote(source: Source, url: str, listing: Listing) -> list[_Found]:

@@ -16,9 +16,17 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO, Literal, NamedTuple, cast
 
-from codellama.data.archives import RawDocument, read_archive, read_git, read_table
+from codellama.data.archives import (
+    WHOLE,
+    Range,
+    RawDocument,
+    read_archive,
+    read_git,
+    read_table,
+)
 from codellama.data.languages import DATA, PROSE, language_of
 from codellama.data.licences import LICENCE_FILE, UNKNOWN
 from codellama.recipe import Source
@@ -58,6 +66,8 @@ class Unit:
     repository: str = ""
     licence: str = UNKNOWN
     entries: tuple[Entry, ...] = ()
+    part: Range = WHOLE
+    """What of an archive or table is read; units of a large one share its other fields."""
 
 
 def takes(source: Source, path: str) -> bool:
@@ -120,9 +130,10 @@ def _contained(unit: Unit, source: Source, max_bytes: int) -> Iterator[RawDocume
         return
     with file:
         if unit.reader == "table":
-            yield from read_table(file, unit.name, source, max_bytes)
+            yield from read_table(file, unit.name, source, max_bytes, unit.part)
         else:
-            yield from read_archive(file, unit.name, lambda path: takes(source, path), max_bytes)
+            wanted = partial(takes, source)
+            yield from read_archive(file, unit.name, wanted, max_bytes, unit.part)
 
 
 def open_location(location: str) -> BinaryIO:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from codellama.data.archives import RawDocument
+from codellama.data.archives import Range, RawDocument
 from codellama.data.corpus import REPEATED
 from codellama.data.decontaminate import BlockList, cut
 from codellama.data.dedup import KEY_BYTES, normalised_key
@@ -112,6 +112,7 @@ def stage_json(unit: str, source: str, settings: str, folder: str, key: str) -> 
     """The same with plain arguments, for workers; returns the key."""
     fields = json.loads(unit)
     fields["entries"] = tuple(Entry(*entry) for entry in fields["entries"])
+    fields["part"] = Range(*fields["part"])
     examined = Source.model_validate_json(source), Settings.model_validate_json(settings)
     if not Path(folder, f"{key}.parquet").exists():  # a cluster asks again when a node was lost
         stage_unit(Unit(**fields), *examined, Path(folder), key)
