@@ -59,8 +59,10 @@ def _outermost(paths: set[str]) -> list[str]:
     ]
 
 
-def enter(view: list[str]) -> None:
+def enter(view: list[str]) -> int:
     """Leave the host: the next child of this process is the first one inside.
+
+    Returns a descriptor of the mount namespace, to come back to it.
 
     Raises:
         OSError: a step failed; its text names the call.
@@ -80,7 +82,9 @@ def enter(view: list[str]) -> None:
     _map_user(proc, user, group)
     if not mounted:
         _build_root(view)
+    home = os.open("ns/mnt", os.O_RDONLY, dir_fd=proc)
     os.close(proc)
+    return home
 
 
 def _become_nobody() -> None:

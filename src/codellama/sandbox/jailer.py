@@ -20,7 +20,7 @@ from codellama.sandbox import kernel
 from codellama.sandbox.languages import installed_programs
 
 _START_S = 20.0  # of a zygote, on a busy machine; 0.1 s on an idle one
-_GRACE_S = 2.5  # behind the clocks of the init and of the zygote
+_GRACE_S = 2.5  # behind the clock of the zygote
 _WATCH_S = 0.03  # between two looks at the memory of a tree of processes
 _BOOT = """
 import json, socket, sys
@@ -53,7 +53,8 @@ class Zygote:
                 "virtual machine (Docker, Lima, WSL 2)"
             )
         self._control, inside = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "HOME": "/tmp"}
+        # Bound now, in the zygote, what each run would look up again in a copy of its own.
+        environment = {"LD_BIND_NOW": "1", "PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "HOME": "/tmp"}
         if "LD_LIBRARY_PATH" in os.environ:  # an interpreter that does not start without it
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         python = getattr(sys, "_base_executable", None) or sys.executable

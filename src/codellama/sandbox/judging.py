@@ -8,7 +8,6 @@ with it depends on the tests, never on the candidate: see `_Stub`.
 
 from __future__ import annotations
 
-import ast
 import builtins
 import inspect
 import json
@@ -21,6 +20,7 @@ import unittest
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
+from symtable import symtable
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -232,10 +232,13 @@ def give_verdict(source: bytes) -> int:
 
 
 def mentioned_names(texts: tuple[str, ...], entry_point: str | None) -> list[str]:
-    """Every name that occurs in the tests, and the function to check."""
-    nodes = (node for text in texts for node in ast.walk(ast.parse(text)))
-    names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    names |= {entry_point} if entry_point else set()
+    """Every name that the tests use, and the function to check."""
+    tables = [symtable(text, "tests", "exec") for text in texts]
+    names = {entry_point} if entry_point else set()
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        names |= {each.get_name() for each in table.get_symbols() if each.is_referenced()}
     return sorted(name for name in names if not name.startswith("__"))
 
 

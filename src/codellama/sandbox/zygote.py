@@ -5,12 +5,13 @@ limits and open descriptors, but never sees code or tests: they are in the descr
 process made for them reads them. So nothing of one run, and no expected value, is in memory that
 another program can reach.
 
-A run's first process, its init, has new pid and mount namespaces and ends with the program; the
-kernel then kills whatever is left. docs/sandbox.md shows them all.
+A run has new pid and mount namespaces. The first process of them only waits; it is killed when the
+program has ended, and the kernel then kills whatever is left. docs/sandbox.md shows them all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import json
@@ -19,16 +20,13 @@ import resource
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 from typing import Any, NoReturn
 
 from codellama.sandbox import jail, kernel, programs, seccomp
 
-_REPORT = struct.Struct("=iiiddq")  # step, how it ended, wait status, CPU s, wall s, peak bytes
-_EXITED, _TIMED_OUT, _NOT_STARTED = 0, 1, 2
-_ZYGOTE_GRACE_S = 1.0  # behind the init's own clock
+_EXITED, _TIMED_OUT, _KILLED = 0, 1, 2
 # No ipc namespace: making and freeing one is slow, and no call that uses it is left open.
 _RUN_NAMESPACES = kernel.NEW_PID | kernel.NEW_NS
 _N_OWN_PROCESSES = 4  # supervisor, zygote, init, program
@@ -50,7 +48,7 @@ def main(control: socket.socket, settings: dict[str, Any]) -> None:
                 view = jail.toolchain_view(settings["programs"])
             else:
                 view = [*jail.python_view(), *settings["packages"]]
-            jail.enter(view)
+            settings["home"] = jail.enter(view)
     except OSError as error:
         control.send(json.dumps({"refused": str(error.args[1]), "errno": error.errno}).encode())
         return
@@ -66,6 +64,10 @@ def main(control: socket.socket, settings: dict[str, Any]) -> None:
         kernel.drop_bounding_capabilities()
         settings["filter"] = seccomp.filter_program(starts_programs)
         sys.path[:] = [path for path in sys.path if os.path.isdir(path)]
+        settings["self"] = os.pidfd_open(os.getpid())
+        # This process is outside of a run's pid namespace, so that its number there is 0, which
+        # kill, prlimit and others take for the caller: an attack would be on the program itself.
+        os.getppid = lambda: 1
     programs.set_up_streams()
     gc.collect()
     gc.freeze()  # the collector of a run does not touch, and so copy, the zygote's pages
@@ -88,48 +90,87 @@ def _run(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Make the processes of a run, wait until all are gone, and say how it ended."""
-    read_end, write_end = os.pipe()
     isolated = settings["mode"] != "none"
-    pid = kernel.clone(_RUN_NAMESPACES if isolated else 0)
-    if pid == 0:
-        _be_init(request, descriptors, write_end, settings)
-    for descriptor in (write_end, *descriptors):
-        os.close(descriptor)
-    end = time.monotonic() + sum(step["timeout_s"] for step in request["steps"]) + _ZYGOTE_GRACE_S
-    killed = host_gone = False
+    init = 0
+    if isolated:
+        kernel.unshare(_RUN_NAMESPACES)
+        init = kernel.start_init()
+        options = f"size={request['disk_bytes']},nr_inodes={request['n_files']},mode=700"
+        flags = kernel.MS_NOSUID | kernel.MS_NODEV
+        if settings["kind"] != "toolchain":
+            flags |= kernel.MS_NOEXEC
+        kernel.mount("tmpfs", "/tmp", "tmpfs", flags, options)
+    answer: dict[str, Any] = {}
+    steps = request["steps"]
+    for index, step in enumerate(steps):
+        read_end, write_end = os.pipe()
+        pid = kernel.fork()
+        if pid == 0:
+            _be_program(request, index, descriptors, write_end, settings)
+        os.close(write_end)
+        if step is steps[-1]:
+            _leave(descriptors, settings)
+        how, status, usage = _wait(control, request["run"], pid, step, isolated)
+        has_started = not os.read(read_end, 1)
+        os.close(read_end)
+        code = os.waitstatus_to_exitcode(status)
+        answer = {
+            "step": index,
+            "killed": how == _KILLED,
+            "timed_out": how == _TIMED_OUT,
+            "exit_code": code if has_started and how != _KILLED else None,
+            "cpu_s": usage.ru_utime + usage.ru_stime,
+            "peak_bytes": usage.ru_maxrss * 1024,
+        }
+        if how != _EXITED or code:
+            break
+    _leave(descriptors, settings)
+    if isolated:
+        os.kill(init, signal.SIGKILL)
+        os.waitpid(init, 0)  # comes back when all that was in its namespace is gone
+    return answer
+
+
+def _leave(descriptors: list[int], settings: dict[str, Any]) -> None:
+    """Let go of a run, once: only its own processes have its namespaces and descriptors then."""
+    if descriptors and settings["mode"] != "none":
+        kernel.join(settings["self"], kernel.NEW_PID)
+        kernel.join(settings["home"], kernel.NEW_NS)
+    while descriptors:
+        os.close(descriptors.pop())
+
+
+def _wait(
+    control: socket.socket, run: int, pid: int, step: dict[str, Any], isolated: bool
+) -> tuple[int, int, Any]:
+    """Wait for a program, at most for its wall time and processor time, or until told to stop."""
+    end = time.monotonic() + step["timeout_s"]
+    clock = (~pid << 3) | 2  # the processor time of another process; linux/posix-timers.h
+    ended = os.pidfd_open(pid)
     poller = select.poll()
-    poller.register(read_end, select.POLLIN)
+    poller.register(ended, select.POLLIN)
     poller.register(control, select.POLLIN)
-    ready = False
-    while not ready:
-        events = dict(poller.poll(max(0.0, end - time.monotonic()) * 1000))
-        if read_end in events or not events:
-            ready = True
-        else:
+    how, left_s = _EXITED, min(step["timeout_s"], step["cpu_s"])
+    while True:
+        # A process with one busy thread cannot meet its CPU limit sooner than the rest of it.
+        events = dict(poller.poll(max(left_s, 0.005) * 1000 + 1))
+        if ended in events:
+            break
+        if events:
             message = control.recv(1 << 16)
-            host_gone = not message
-            killed = host_gone or json.loads(message).get("kill") == request["run"]
-            ready = killed
-    # An init that ended by itself is a zombie until wait4: the number is still its own.
+            if not message or json.loads(message).get("kill") == run:
+                how = _KILLED
+                break
+        with contextlib.suppress(OSError):  # it ended just now
+            left_s = min(end - time.monotonic(), step["cpu_s"] - time.clock_gettime(clock))
+        if left_s <= 0:
+            how = _TIMED_OUT
+            break
+    os.close(ended)
+    # One that ended by itself is a zombie until wait4: the number is still its own.
     os.kill(pid, signal.SIGKILL) if isolated else _kill_group(pid)
-    report = b"" if killed else os.read(read_end, _REPORT.size)
-    os.close(read_end)
-    _, _, usage = os.wait4(pid, 0)
-    if host_gone:
-        sys.exit(0)
-    peak, cpu_s = usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
-    ended = _REPORT.unpack(report) if len(report) == _REPORT.size else None
-    if ended is None or ended[1] == _NOT_STARTED:
-        return {"killed": killed, "cpu_s": cpu_s, "peak_bytes": peak}
-    step, how, status, cpu_s, wall_s, peak = ended
-    return {
-        "step": step,
-        "timed_out": how == _TIMED_OUT,
-        "exit_code": os.waitstatus_to_exitcode(status),
-        "cpu_s": cpu_s,
-        "wall_s": wall_s,
-        "peak_bytes": peak,
-    }
+    _, status, usage = os.wait4(pid, 0)
+    return how, status, usage
 
 
 def _kill_group(pid: int) -> None:
@@ -140,81 +181,31 @@ def _kill_group(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _be_init(
-    request: dict[str, Any], descriptors: list[int], report: int, settings: dict[str, Any]
-) -> NoReturn:
-    """The first process of a run: private /tmp, no rights, then the steps one after another."""
-    try:
-        if settings["mode"] == "none":
-            os.setpgid(0, 0)
-            os.mkdir(str(request["run"]))
-            os.chdir(str(request["run"]))
-        else:
-            options = f"size={request['disk_bytes']},nr_inodes={request['n_files']},mode=700"
-            flags = kernel.MS_NOSUID | kernel.MS_NODEV
-            if settings["kind"] == "toolchain":
-                jail.mount_own_proc()
-            else:
-                flags |= kernel.MS_NOEXEC
-            kernel.mount("tmpfs", "/tmp", "tmpfs", flags, options)
-            os.chdir("/tmp")
-            kernel.drop_capabilities()
-        if "file" in request:
-            size = os.fstat(descriptors[_SOURCE]).st_size
-            with open(request["file"], "wb") as file:
-                file.write(os.pread(descriptors[_SOURCE], size, 0))
-        wall_s = cpu_s = 0.0
-        peak = how = status = index = 0
-        for index, step in enumerate(request["steps"]):  # noqa: B007
-            begin = time.monotonic()
-            pid = os.fork()
-            if pid == 0:
-                _be_program(request, step, descriptors, report, settings)
-            how, status, usage = _wait(pid, step["timeout_s"], step["cpu_s"])
-            wall_s = time.monotonic() - begin
-            cpu_s = usage.ru_utime + usage.ru_stime
-            peak = usage.ru_maxrss * 1024
-            if how or status:
-                break
-        os.write(report, _REPORT.pack(index, how, status, cpu_s, wall_s, peak))
-    finally:
-        os._exit(0)
-
-
-def _wait(pid: int, timeout_s: float, cpu_limit_s: float) -> tuple[int, int, Any]:
-    """Wait for the program, at most for the given wall time and processor time."""
-    end = time.monotonic() + timeout_s
-    clock = (~pid << 3) | 2  # the processor time of another process; linux/posix-timers.h
-    ended = os.pidfd_open(pid)
-    poller = select.poll()
-    poller.register(ended, select.POLLIN)
-    how, left_s = _EXITED, min(timeout_s, cpu_limit_s)
-    # A process with one busy thread cannot meet its CPU limit sooner than the rest of it.
-    while not poller.poll(max(left_s, 0.005) * 1000 + 1):
-        try:
-            cpu_left_s = cpu_limit_s - time.clock_gettime(clock)
-        except OSError:  # it ended between the two lines
-            continue
-        left_s = min(end - time.monotonic(), cpu_left_s)
-        if left_s <= 0:
-            how = _TIMED_OUT
-            os.kill(pid, signal.SIGKILL)
-            break
-    os.close(ended)
-    _, status, usage = os.wait4(pid, 0)
-    return how, status, usage
-
-
 def _be_program(
     request: dict[str, Any],
-    step: dict[str, Any],
+    index: int,
     descriptors: list[int],
     report: int,
     settings: dict[str, Any],
 ) -> NoReturn:
-    """Take the limits, shut the system calls, and become the program."""
+    """Give up all rights, take the limits, shut the system calls, and become the program."""
     code = 1
+    step = request["steps"][index]
     try:
+        if settings["mode"] == "none":
+            os.setpgid(0, 0)
+            os.makedirs(str(request["run"]), exist_ok=True)
+            os.chdir(str(request["run"]))
+        else:
+            if index == 0 and settings["kind"] == "toolchain":
+                jail.mount_own_proc()
+            os.chdir("/tmp")
+            kernel.drop_capabilities()
+            os.setsid()
+        if index == 0 and "file" in request:
+            size = os.fstat(descriptors[_SOURCE]).st_size
+            with open(request["file"], "wb") as file:
+                file.write(os.pread(descriptors[_SOURCE], size, 0))
         if "argv" in step:
             descriptors = descriptors[:_SOURCE]
         # Descriptors arrive at any number; above all targets first, so that none is overwritten.
@@ -222,15 +213,13 @@ def _be_program(
         report = fcntl.fcntl(report, fcntl.F_DUPFD_CLOEXEC, 64)
         for target, descriptor in enumerate(high):
             os.dup2(descriptor, target)
-        if settings["mode"] != "none":
-            os.setsid()
         os.closerange(len(high), report)
         os.closerange(report + 1, 1 << 16)
         _limit(request, step)
         if settings["mode"] != "none":
             kernel.install_filter(settings["filter"])
     except BaseException:  # noqa: BLE001 - the sandbox failed, not the program
-        os.write(report, _REPORT.pack(0, _NOT_STARTED, 0, 0.0, 0.0, 0))
+        os.write(report, b"!")
         os._exit(code)
     os.close(report)
     try:
@@ -241,7 +230,7 @@ def _be_program(
 
 def _limit(request: dict[str, Any], step: dict[str, Any]) -> None:
     """rlimits; a limit above the host's own hard limit is lowered to it."""
-    cpu_s = int(step["cpu_s"]) + 2  # whole seconds, behind the exact clock of the init
+    cpu_s = int(step["cpu_s"]) + 2  # whole seconds, behind the exact clock of the zygote
     limits = {
         resource.RLIMIT_CPU: cpu_s,
         resource.RLIMIT_FSIZE: max(request["output_bytes"] + 1, request["file_bytes"]),
