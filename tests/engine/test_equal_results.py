@@ -5,11 +5,12 @@ from itertools import accumulate
 
 import pytest
 import torch
-from rounding import multiplied
+from rounding import has_tiles, multiplied
 
 from codellama.engine import Engine, SamplingParams
 from codellama.engine.cache import Span
 from codellama.engine.generator import Ask
+from codellama.engine.native import FEW_ROWS
 from codellama.engine.reference import generate_greedy
 from codellama.engine.runner import Runner
 from codellama.model.config import ModelConfig
@@ -248,25 +249,29 @@ def test_the_compiled_step_computes_what_the_modules_do(dtype, cache_dtype, prec
     for step in steps:
         with torch.inference_mode():
             compiled, plain = (runner.logits(*step) for runner in runners)
-        tolerance = 1e-4 if dtype == torch.float32 and precision == "plain" else 0.06
+        tolerance = 1e-4 if dtype == torch.float32 and precision == "plain" else 0.08
         tolerance *= 1 if tolerance < 0.01 else float(plain.abs().max())
         # The rounding of bfloat16; beside integers, a few inputs are rounded the other way.
         share = 0.01 if dtype == torch.float32 else 0.04 if precision == "plain" else 0.06
-        if precision == "int4" and len(step[0]) <= 4:  # far more are; the next test is narrower
+        share = max(share, 0.03 if cache_dtype else 0)
+        is_few = len(step[0]) <= FEW_ROWS or not has_tiles()
+        if precision == "int4" and is_few:  # far more are; the next test is narrower
             share, tolerance = 0.15, 0.2 * float(plain.abs().max())
         torch.testing.assert_close(compiled, plain, atol=tolerance, rtol=1e-4)
         assert (compiled - plain).std() < share * plain.std()
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 4])
-def test_few_rows_of_int4_in_one_layer(n_rows):
-    """Nearer to its own arithmetic than that is to exact inputs."""
-    model = Transformer(ModelConfig(128, 1, 4, 2, 256, 67, rope_theta=1e4, initializer_range=0.2))
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_few_rows_in_one_layer(precision, n_rows):
+    """int8 as with exact inputs; int4 nearer to its own arithmetic than that is to those."""
+    sizes = (88, 1, 4, 2, 200, 67) if precision == "int8" else (96, 1, 4, 2, 608, 67)
+    model = Transformer(ModelConfig(*sizes, rope_theta=1e4, initializer_range=0.2))
     model.initialise(torch.Generator().manual_seed(1))
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear):
-            model.set_submodule(name, quantized(module.weight.data, "int4", name == "lm_head"))
+            model.set_submodule(name, quantized(module.weight.data, precision, name == "lm_head"))
     compiled, plain = (Runner(model, 8, 16, None, native) for native in (True, False))
     step = list(range(5, 5 + n_rows)), [Span([3], 0, n_rows)], list(range(n_rows))
     with torch.inference_mode():
@@ -277,8 +282,9 @@ def test_few_rows_of_int4_in_one_layer(n_rows):
         expected = plain.logits(*step)
     if compiled._native is None:
         pytest.skip("no C++ compiler")
-    assert (found - expected).std() < 0.01 * expected.std()
-    assert (exact - expected).std() > 0.02 * expected.std()
+    share = 0.001 if precision == "int8" else 0.01
+    assert (found - expected).std() < share * expected.std()
+    assert precision == "int8" or (exact - expected).std() > 0.02 * expected.std()
 
 
 def test_models_that_the_step_does_not_know_run_through_the_modules(long_model, small_tokenizer):

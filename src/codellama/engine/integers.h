@@ -32,10 +32,13 @@ extern "C" struct Matrix {  // [n_out, n_in]
 namespace integers {
 
 constexpr int kChunk = 64;   // inputs whose integers lie together
+constexpr int kPair = 128;   // inputs of an int4 matrix in one vector of its bytes
 constexpr int kTile = 16;    // rows of a tile
 constexpr int kBlock = 128;  // outputs at a time, at most
 
 inline int64_t padded(int64_t n_in) { return (n_in + kChunk - 1) / kChunk * kChunk; }
+
+inline int64_t pairs(int64_t n_in) { return (n_in + kPair - 1) / kPair; }
 
 inline float widened(uint16_t half) {
   const uint32_t bits = static_cast<uint32_t>(half) << 16;
@@ -44,27 +47,45 @@ inline float widened(uint16_t half) {
   return value;
 }
 
-// One token's inputs as integers in the order of an int4 matrix: a scale for each 32 of them, and
-// the sum of each of the matrix's groups.
-inline void round_groups(const float* x, int64_t n_in, int64_t group, int8_t* to, float* scales,
-                         float* sums) {
-  std::fill(sums, sums + padded(n_in) / group, 0.0f);
-  for (int64_t begin = 0; begin < padded(n_in); begin += 32) {
-    const int64_t end = std::min(begin + 32, n_in);
-    float largest = 0, sum = 0;
-    for (int64_t i = begin; i < end; ++i) largest = std::max(largest, std::abs(x[i])), sum += x[i];
+// One token's inputs, rounded for matrices that it meets without tiles.
+struct Inputs {
+  const int8_t* x;      // int4: in the order of its integers; int8: the high bytes, then the low ones
+  const float* scales;  // int4: of each 32 inputs, zeros behind; int8: one
+  const float* sums;    // int4: of each of the matrix's groups
+  int32_t offsets[2];   // int8: 128 times the sums of both bytes
+};
+
+inline float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }  // ties to even, to 2^22
+
+// For an int4 matrix: 8 bits, with a scale for each 32 inputs. Chunks stand in pairs, the halves of
+// both that are in the low bits of the matrix before those in the high bits.
+inline Inputs round_groups(const float* x, int64_t n_in, int64_t group, int8_t* to, float* scales,
+                           float* sums) {
+  const int64_t n_padded = padded(n_in), n_scales = (n_padded / 32 + 15) / 16 * 16;
+  std::fill(sums, sums + n_padded / group, 0.0f);
+  std::fill(scales + n_padded / 32, scales + n_scales, 0.0f);
+  std::fill(to + n_padded, to + pairs(n_in) * kPair, 0);
+  for (int64_t begin = 0; begin < n_padded; begin += 32) {
+    float values[32] = {}, largest = 0, sum = 0;
+    std::copy(x + begin, x + std::max(begin, std::min(begin + 32, n_in)), values);
+    for (const float value : values) largest = std::max(largest, std::abs(value)), sum += value;
     const float inverse = largest > 0 ? 127 / largest : 0;
-    for (int64_t i = 0; i < 32; ++i) {
-      const float value = begin + i < end ? x[begin + i] * inverse : 0;
-      const int64_t chunk = begin / kChunk * kChunk, half = begin % kChunk / 32 * 4;
-      to[chunk + i / 4 * 8 + half + i % 4] = static_cast<int8_t>(std::lrint(value));
-    }
+    int8_t whole[32];
+    for (int i = 0; i < 32; ++i) whole[i] = static_cast<int8_t>(nearest(values[i] * inverse));
+    const int64_t chunk = begin / kChunk;
+    int8_t* own = to + chunk / 2 * kPair + chunk % 2 * 32 + begin % kChunk / 32 * 4;
+    for (int i = 0; i < 8; ++i) std::memcpy(own + i / 4 * kChunk + i % 4 * 8, whole + 4 * i, 4);
     scales[begin / 32] = largest / 127;
     sums[begin / group] += sum;
   }
+  return {to, scales, sums, {}};
 }
 
 #ifdef CODELLAMA_VNNI
+inline __m512i count() {
+  return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
 inline __m512i nibbles(const uint8_t* packed) {  // the low ones of 32 bytes, then the high ones
   const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)packed));
   const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
@@ -81,59 +102,137 @@ inline __m512 loaded_some(const float* x, int64_t n) {
   return _mm512_maskz_loadu_ps(n < 16 ? (1u << std::max<int64_t>(n, 0)) - 1 : 0xffff, x);
 }
 
-inline __m512 alternating(const void* two) {  // two floats in turns
-  double both;
-  std::memcpy(&both, two, 8);
-  return _mm512_castpd_ps(_mm512_set1_pd(both));
+// The largest magnitude of a token's inputs; not a number where one of them is none.
+inline float largest_of(const float* x, int64_t n_in) {
+  __m512 most = _mm512_setzero_ps();
+  __mmask16 wrong = 0;
+  for (int64_t i = 0; i < n_in; i += 16) {
+    const __m512 values = loaded_some(x + i, n_in - i);
+    most = _mm512_max_ps(most, _mm512_abs_ps(values));
+    wrong |= _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  }
+  return wrong ? std::nanf("") : _mm512_reduce_max_ps(most);
+}
+
+// For an int8 matrix: 16 bits with one scale, as a high and a low byte. That is as good as exact,
+// and two products of bytes cost a third of making floats of the matrix.
+inline Inputs round_fine(const float* x, int64_t n_in, int8_t* to, float* scale) {
+  const int64_t n_padded = padded(n_in);
+  const float largest = largest_of(x, n_in), most = 127 * 256;
+  const __m512 inverse = _mm512_set1_ps(largest > 0 ? most / largest : 0);
+  __m512i sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+  for (int64_t i = 0; i < n_padded; i += 16) {
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(loaded_some(x + i, n_in - i), inverse));
+    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+    const __m512i low = _mm512_sub_epi32(whole, _mm512_slli_epi32(high, 8));  // -128 .. 127
+    _mm_storeu_si128((__m128i*)(to + i), _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128((__m128i*)(to + n_padded + i), _mm512_cvtepi32_epi8(low));
+    sums[0] = _mm512_add_epi32(sums[0], high), sums[1] = _mm512_add_epi32(sums[1], low);
+  }
+  *scale = largest / most;
+  return {to, scale, nullptr,
+          {_mm512_reduce_add_epi32(sums[0]) * 128, _mm512_reduce_add_epi32(sums[1]) * 128}};
+}
+
+// sums[output][row] of some outputs of an int8 matrix. The processor multiplies bytes without a sign
+// by such with one, so 128 is added to the matrix, and `offsets` taken from the sums.
+template <int n_outputs, int n_rows, int kRows>
+void dot_int8(const Matrix& m, int64_t first, const Inputs* x, float (*sums)[kRows]) {
+  const auto* weights = static_cast<const int8_t*>(m.weights) + first * m.n_in;
+  const int64_t n_padded = padded(m.n_in), ahead = n_outputs * m.n_in;
+  const __m512i flip = _mm512_set1_epi8(-128);
+  __m512i high[n_outputs][n_rows], low[n_outputs][n_rows];
+  for (int o = 0; o < n_outputs; ++o)
+    for (int r = 0; r < n_rows; ++r) high[o][r] = low[o][r] = _mm512_setzero_si512();
+  const auto multiply = [&](int64_t at, __mmask64 some) {
+    for (int o = 0; o < n_outputs; ++o) {
+      const int8_t* from = weights + o * m.n_in + at;
+      _mm_prefetch((const char*)(from + ahead), _MM_HINT_T0);
+      const __m512i bytes = _mm512_xor_si512(flip, _mm512_maskz_loadu_epi8(some, from));
+      for (int r = 0; r < n_rows; ++r) {
+        const int8_t* own = x[r].x + at;
+        high[o][r] = _mm512_dpbusd_epi32(high[o][r], bytes, _mm512_loadu_si512(own));
+        low[o][r] = _mm512_dpbusd_epi32(low[o][r], bytes, _mm512_loadu_si512(own + n_padded));
+      }
+    }
+  };
+  int64_t at = 0;
+  for (; at + kChunk <= m.n_in; at += kChunk) multiply(at, ~__mmask64{0});
+  if (at < m.n_in) multiply(at, (__mmask64{1} << (m.n_in - at)) - 1);
+  for (int o = 0; o < n_outputs; ++o)
+    for (int r = 0; r < n_rows; ++r) {
+      const int32_t whole = _mm512_reduce_add_epi32(high[o][r]) - x[r].offsets[0];
+      const int32_t rest = _mm512_reduce_add_epi32(low[o][r]) - x[r].offsets[1];
+      sums[o][r] = (256.0f * static_cast<float>(whole) + static_cast<float>(rest)) * *x[r].scales;
+    }
 }
 #endif
 
 // One output of an int4 matrix for one to four tokens.
 template <int n_rows>
-void dot_int4(const Matrix& m, int64_t output, const int8_t* const* x, const float* const* x_scales,
-              const float* const* x_sums, float* results) {
+void dot_int4(const Matrix& m, int64_t output, const Inputs* x, float* results) {
   const int64_t n_padded = padded(m.n_in), n_groups = n_padded / m.group;
   const auto* packed = static_cast<const uint8_t*>(m.weights) + output * n_padded / 2;
   const auto* scales = static_cast<const uint16_t*>(m.scales) + output * 2 * n_groups;
   const uint16_t* lows = scales + n_groups;
 #ifdef CODELLAMA_VNNI
+  constexpr int kSpan = 4 * kPair;  // inputs whose 16 scales make one vector
+  const int64_t n_span = kSpan / m.group, n_bytes = n_padded / 2;
+  const __m512i spread = _mm512_srl_epi32(count(), _mm_cvtsi32_si128(m.group / 64));
+  // Lanes take turns between the halves of a chunk; the upper eight are of the second chunk.
+  const __m512i turns = _mm512_setr_epi32(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3);
+  const __m512i low_bits = _mm512_set1_epi8(15);
   __m512 parts[n_rows];
   for (int r = 0; r < n_rows; ++r) parts[r] = _mm512_setzero_ps();
-  const bool is_fine = m.group < kChunk;
-  const __m512i turns = _mm512_set1_epi64(0x0302808001008080);  // two halves, each as a float
-  for (int64_t at = 0, g = 0; at < n_padded; g += is_fine ? 2 : 1) {
-    uint32_t pair = scales[g] * 0x10001u;
-    if (is_fine) std::memcpy(&pair, scales + g, 4);
-    const __m512 scale = _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_set1_epi32(pair), turns));
-    for (const int64_t end = at + std::max<int64_t>(m.group, kChunk); at < end; at += kChunk) {
-      const __m512i weights = nibbles(packed + at / 2);
+  for (int64_t begin = 0, g = 0; begin < n_padded; begin += kSpan, g += n_span) {
+    _mm_prefetch((const char*)(scales + g + 2 * n_groups), _MM_HINT_T0);
+    const __m512 scale = _mm512_permutexvar_ps(
+        spread, widened_some(scales + g, std::min(n_span, n_groups - g)));
+    __m512 both[n_rows];
+    for (int r = 0; r < n_rows; ++r)
+      both[r] = _mm512_mul_ps(scale, _mm512_loadu_ps(x[r].scales + begin / 32));
+    const auto multiply = [&](int64_t at, __mmask64 some) {
+      _mm_prefetch((const char*)(packed + at / 2 + n_bytes), _MM_HINT_T0);
+      const __m512i bytes = _mm512_maskz_loadu_epi8(some, packed + at / 2);
+      const __m512i first = _mm512_and_si512(bytes, low_bits);
+      const __m512i second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low_bits);
+      const __m512i lanes = _mm512_add_epi32(turns, _mm512_set1_epi32((at - begin) / 32));
       for (int r = 0; r < n_rows; ++r) {
-        const __m512i inputs = _mm512_loadu_si512(x[r] + at);
-        const __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, inputs);
-        const __m512 both = _mm512_mul_ps(scale, alternating(x_scales[r] + at / 32));
-        parts[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), both, parts[r]);
+        const int8_t* own = x[r].x + at;
+        __m512i products = _mm512_setzero_si512();
+        products = _mm512_dpbusd_epi32(products, first, _mm512_loadu_si512(own));
+        products = _mm512_dpbusd_epi32(products, second, _mm512_loadu_si512(own + kChunk));
+        const __m512 factor = _mm512_permutexvar_ps(lanes, both[r]);
+        parts[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), factor, parts[r]);
       }
+    };
+    if (begin + kSpan <= n_padded) {
+      for (int i = 0; i < 4; ++i) multiply(begin + i * kPair, ~__mmask64{0});
+      continue;
     }
+    for (int64_t at = begin; at < n_padded; at += kPair)
+      multiply(at, at + kPair <= n_padded ? ~__mmask64{0} : (__mmask64{1} << 32) - 1);
   }
   for (int64_t g = 0; g < n_groups; g += 16) {
     const __m512 low = widened_some(lows + g, n_groups - g);
     for (int r = 0; r < n_rows; ++r)
-      parts[r] = _mm512_fmadd_ps(low, _mm512_loadu_ps(x_sums[r] + g), parts[r]);
+      parts[r] = _mm512_fmadd_ps(low, loaded_some(x[r].sums + g, n_groups - g), parts[r]);
   }
   for (int r = 0; r < n_rows; ++r) results[r] = _mm512_reduce_add_ps(parts[r]);
 #else
   for (int r = 0; r < n_rows; ++r) {
     results[r] = 0;
     for (int64_t at = 0; at < n_padded; at += kChunk) {
+      const int8_t* own = x[r].x + at / kPair * kPair + at % kPair / 2;
       int32_t dots[2] = {};
       for (int i = 0; i < 32; ++i) {
         const int byte = packed[at / 2 + i];
-        dots[i / 4 % 2] += (byte & 15) * x[r][at + i] + (byte >> 4) * x[r][at + 32 + i];
+        dots[i / 4 % 2] += (byte & 15) * own[i] + (byte >> 4) * own[kChunk + i];
       }
       for (int64_t i = 0; i < 2; ++i)
-        results[r] += dots[i] * x_scales[r][at / 32 + i] * widened(scales[(at + 32 * i) / m.group]);
+        results[r] += dots[i] * x[r].scales[at / 32 + i] * widened(scales[(at + 32 * i) / m.group]);
     }
-    for (int64_t g = 0; g < n_groups; ++g) results[r] += widened(lows[g]) * x_sums[r][g];
+    for (int64_t g = 0; g < n_groups; ++g) results[r] += widened(lows[g]) * x[r].sums[g];
   }
 #endif
 }
@@ -164,14 +263,7 @@ inline void release_tiles() { _tile_release(); }
 // One token's inputs as integers in its column of the tiles of 16 tokens; returns their scale.
 inline float round_token(const float* x, int64_t n_in, int64_t token, int8_t* tiles) {
   const int64_t n_padded = padded(n_in);
-  __m512 most = _mm512_setzero_ps();
-  __mmask16 wrong = 0;  // what is not a number must not vanish
-  for (int64_t i = 0; i < n_in; i += 16) {
-    const __m512 values = loaded_some(x + i, n_in - i);
-    most = _mm512_max_ps(most, _mm512_abs_ps(values));
-    wrong |= _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-  }
-  const float largest = _mm512_reduce_max_ps(most);
+  const float largest = largest_of(x, n_in);
   const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127 / largest : 0);
   int8_t* to = tiles + token / kTile * kTile * n_padded + token % kTile * 4;
   for (int64_t i = 0; i < n_padded; i += 16) {
@@ -180,7 +272,7 @@ inline float round_token(const float* x, int64_t n_in, int64_t token, int8_t* ti
     _mm_store_si128((__m128i*)fours, _mm512_cvtepi32_epi8(whole));
     for (int j = 0; j < 4; ++j) std::memcpy(to + (i + 4 * j) * kTile, fours + j, 4);
   }
-  return wrong ? std::nanf("") : largest / 127;
+  return largest / 127;
 }
 
 // One output of an int4 matrix in 8 bits; returns their scale.
@@ -248,8 +340,7 @@ void multiply_tiles(const Matrix& m, bool is_int4, int64_t first, int64_t n_bloc
   }
   if (!is_int4)
     for (int64_t i = 0; i < n_block; ++i) scales[i] = scale_of(first + i);
-  const __m512i column = _mm512_mullo_epi32(
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(16));
+  const __m512i column = _mm512_slli_epi32(count(), 4);
   see(tiles);
   for (int64_t token = 0; token < n_tokens; token += 2 * kTile) {
     const int8_t* inputs = tiles + token * n_padded;

@@ -12,6 +12,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #ifdef _OPENMP
@@ -30,6 +32,7 @@ typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+typedef int16_t Shorts __attribute__((vector_size(2 * kWidth)));
 typedef int8_t Bytes __attribute__((vector_size(kWidth)));
 
 enum Kind : int64_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
@@ -62,10 +65,15 @@ struct Stored<kBfloat16> {
   using Type = uint16_t;
   static float one(uint16_t x) { return integers::widened(x); }
   static Floats many(const uint16_t* x) {
+#ifdef __AVX512F__  // GCC 12 makes two halves of the vector
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
+    return (Floats)_mm512_slli_epi32(words, 16);
+#else
     Halves halves;
     std::memcpy(&halves, x, sizeof halves);
-    Words words = __builtin_convertvector(halves, Words) << 16;
+    const Words words = __builtin_convertvector(halves, Words) << 16;
     return (Floats)words;  // the same bits
+#endif
   }
 };
 
@@ -74,9 +82,15 @@ struct Stored<kInt8> {
   using Type = int8_t;
   static float one(int8_t x) { return x; }
   static Floats many(const int8_t* x) {
+#ifdef __AVX512F__
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)x)));
+#else
     Bytes bytes;
     std::memcpy(&bytes, x, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+    // In two steps: of one, GCC 12 makes 72 instructions, value by value.
+    const Shorts shorts = __builtin_convertvector(bytes, Shorts);
+    return __builtin_convertvector(__builtin_convertvector(shorts, Ints), Floats);
+#endif
   }
 };
 
@@ -149,32 +163,48 @@ struct Batch {
 namespace {
 
 struct Step {
-  const Model& model;
-  const Batch& batch;
+  Model model;
+  Batch batch;
   std::vector<float> x, normed, q, k, v, attended, gated, cosines, sines;
-  // What `round_row` makes of the inputs of a matrix.
-  std::vector<int8_t> inputs;
-  std::vector<float> input_scales, input_sums;
-  int64_t n_groups;
+  // What `round_row` makes of the inputs of a matrix: for tiles, int4 or int8.
+  std::vector<int8_t> tiles, narrow, fine;
+  std::vector<float> tile_scales, narrow_scales, sums, fine_scales;
+  std::vector<integers::Inputs> of_int4, of_int8;
+  int64_t n_bytes = 0, n_groups = 0;  // of a row
   bool has_tiles = false;
 
-  Step(const Model& model, const Batch& batch) : model(model), batch(batch) {
+  // Keeps what it has allocated from one step to the next.
+  void prepare(const Model& new_model, const Batch& new_batch) {
+    model = new_model, batch = new_batch;
     const int64_t n = batch.n_rows, kv = model.n_kv_heads * model.head_width;
     x.resize(n * model.width), normed.resize(n * model.width), q.resize(n * model.width);
     k.resize(n * kv), v.resize(n * kv), attended.resize(n * model.width);
     gated.resize(n * model.ff_width);
     cosines.resize(n * model.head_width / 2), sines.resize(n * model.head_width / 2);
-    const int64_t widest = integers::padded(std::max(model.width, model.ff_width));
-    n_groups = widest / 32 + 16;  // sums are read 16 at a time
-    inputs.resize((n + 31) / 32 * 32 * widest);
-    input_scales.resize(n * n_groups), input_sums.resize(n * n_groups);
 #ifdef CODELLAMA_AMX
     has_tiles = integers::allow_tiles();
 #endif
+    const int64_t widest = std::max(model.width, model.ff_width);
+    if (has_tiles && n > kRows) {
+      tiles.resize((n + 31) / 32 * 32 * integers::padded(widest)), tile_scales.resize(n);
+    }
+    n_bytes = integers::pairs(widest) * integers::kPair, n_groups = n_bytes / 32 + 16;
+    narrow.resize(n * n_bytes), narrow_scales.resize(n * n_groups), sums.resize(n * n_groups);
+    fine.resize(2 * n * n_bytes), fine_scales.resize(n);
+    of_int4.resize(n), of_int8.resize(n);
   }
 
   float rounded(float value) const {
     return model.kind == kBfloat16 ? Stored<kBfloat16>::one(to_bfloat16(value)) : value;
+  }
+
+  // With a number of rows that the compiler knows.
+  template <class Dot>
+  static void with_rows(int n_rows, Dot dot) {
+    if (n_rows == 1) dot(std::integral_constant<int, 1>());
+    else if (n_rows == 2) dot(std::integral_constant<int, 2>());
+    else if (n_rows == 3) dot(std::integral_constant<int, 3>());
+    else dot(std::integral_constant<int, 4>());
   }
 
   // sums[output][row] = weights[first + output] . x[row]
@@ -188,7 +218,9 @@ struct Step {
       Floats inputs[n_rows];
       for (int r = 0; r < n_rows; ++r) inputs[r] = Stored<kFloat32>::many(x + r * m.n_in + at);
       for (int o = 0; o < n_outputs; ++o) {
-        const Floats w = S::many(weights + o * m.n_in + at);
+        const auto* from = weights + o * m.n_in + at;
+        __builtin_prefetch(from + n_outputs * m.n_in);  // pages end where rows do
+        const Floats w = S::many(from);
         for (int r = 0; r < n_rows; ++r) parts[o][r] += w * inputs[r];
       }
     }
@@ -200,24 +232,17 @@ struct Step {
       }
   }
 
-  template <Kind kind, int n_outputs>
-  static void dot(const Matrix& m, int64_t first, const float* x, int n_rows,
-                  float (&sums)[kOutputs][kRows]) {
-    if (n_rows == 1) dot<kind, n_outputs, 1>(m, first, x, sums);
-    else if (n_rows == 2) dot<kind, n_outputs, 2>(m, first, x, sums);
-    else if (n_rows == 3) dot<kind, n_outputs, 3>(m, first, x, sums);
-    else dot<kind, n_outputs, 4>(m, first, x, sums);
-  }
-
   template <Kind kind>
   static void dot(const Matrix& m, int64_t first, int n_outputs, const float* x, int n_rows,
                   float (&sums)[kOutputs][kRows]) {
-    if (n_outputs == kOutputs) return dot<kind, kOutputs>(m, first, x, n_rows, sums);
-    for (int o = 0; o < n_outputs; ++o) {
-      float one[kOutputs][kRows];
-      dot<kind, 1>(m, first + o, x, n_rows, one);
-      std::copy(one[0], one[0] + n_rows, sums[o]);
-    }
+    with_rows(n_rows, [&](auto n) {
+      if (n_outputs == kOutputs) return dot<kind, kOutputs, n()>(m, first, x, sums);
+      for (int o = 0; o < n_outputs; ++o) {
+        float one[kOutputs][kRows];
+        dot<kind, 1, n()>(m, first + o, x, one);
+        std::copy(one[0], one[0] + n_rows, sums[o]);
+      }
+    });
   }
 
   // Whether a matrix is multiplied by tiles, of integers that the inputs are rounded to.
@@ -227,17 +252,23 @@ struct Step {
 
   // Rounds a row of x [n_rows, n_in] for the matrices that it goes through, where they need it.
   void round_row(int64_t row, const float* x, int64_t n_rows, std::initializer_list<Matrix> through) {
-    const Matrix* m = through.begin();
-    while (m + 1 < through.end() && m->kind != kInt4) ++m;
-    const int64_t n_padded = integers::padded(m->n_in);
+    bool is_tiled = false, is_narrow = false, is_fine = false;
+    for (const Matrix& m : through) {
+      const float* own = x + row * m.n_in;
+      if (uses_tiles(m, n_rows)) {
 #ifdef CODELLAMA_AMX
-    if (uses_tiles(*m, n_rows))
-      input_scales[row] = integers::round_token(x + row * m->n_in, m->n_in, row, inputs.data());
-    else
+        if (!std::exchange(is_tiled, true))
+          tile_scales[row] = integers::round_token(own, m.n_in, row, tiles.data());
 #endif
-    if (m->kind == kInt4)
-      integers::round_groups(x + row * m->n_in, m->n_in, m->group, inputs.data() + row * n_padded,
-                             &input_scales[row * n_groups], &input_sums[row * n_groups]);
+      } else if (m.kind == kInt4 && !std::exchange(is_narrow, true)) {
+        of_int4[row] = integers::round_groups(own, m.n_in, m.group, &narrow[row * n_bytes],
+                                              &narrow_scales[row * n_groups], &sums[row * n_groups]);
+#ifdef CODELLAMA_VNNI
+      } else if (m.kind == kInt8 && !std::exchange(is_fine, true)) {
+        of_int8[row] = integers::round_fine(own, m.n_in, &fine[2 * row * n_bytes], &fine_scales[row]);
+#endif
+      }
+    }
   }
 
   // Calls store(row, output, value) for one part of the outputs, of all rows of x [n_rows, n_in].
@@ -248,7 +279,7 @@ struct Step {
 #ifdef CODELLAMA_AMX
     if (uses_tiles(m, n_rows))
       return integers::multiply_tiles(
-          m, m.kind == kInt4, first, n_outputs, inputs.data(), input_scales.data(), n_rows,
+          m, m.kind == kInt4, first, n_outputs, tiles.data(), tile_scales.data(), n_rows,
           [&](int64_t output) { return load(m.scales, output, model.kind); },
           [&](int64_t row, int64_t output, __m512 values, int n) {
             const Floats found = (Floats)values;
@@ -258,10 +289,10 @@ struct Step {
     for (int64_t row = 0; row < n_rows; row += kRows) {
       const int few = static_cast<int>(std::min<int64_t>(kRows, n_rows - row));
       float sums[kOutputs][kRows];
-      if (m.kind == kFloat32) dot<kFloat32>(m, first, n_outputs, x + row * m.n_in, few, sums);
+      if (m.kind == kInt8) dot_int8(m, first, n_outputs, x + row * m.n_in, row, few, sums);
+      else if (m.kind == kInt4) dot_int4(m, first, n_outputs, &of_int4[row], few, sums);
       else if (m.kind == kBfloat16) dot<kBfloat16>(m, first, n_outputs, x + row * m.n_in, few, sums);
-      else if (m.kind == kInt8) dot<kInt8>(m, first, n_outputs, x + row * m.n_in, few, sums);
-      else dot_int4(m, first, n_outputs, row, few, sums);
+      else dot<kFloat32>(m, first, n_outputs, x + row * m.n_in, few, sums);
       for (int o = 0; o < n_outputs; ++o) {
         const float scale = m.kind == kInt8 ? load(m.scales, first + o, model.kind) : 1.0f;
         for (int r = 0; r < few; ++r) store(row + r, first + o, rounded(sums[o][r] * scale));
@@ -269,20 +300,25 @@ struct Step {
     }
   }
 
-  void dot_int4(const Matrix& m, int64_t first, int n_outputs, int64_t row, int n_rows,
+  void dot_int8(const Matrix& m, int64_t first, int n_outputs, const float* x, int64_t row, int n_rows,
                 float (&sums)[kOutputs][kRows]) const {
-    const int8_t* x[kRows];
-    const float *scales[kRows], *groups[kRows];
-    for (int r = 0; r < n_rows; ++r) {
-      x[r] = inputs.data() + (row + r) * integers::padded(m.n_in);
-      scales[r] = &input_scales[(row + r) * n_groups], groups[r] = &input_sums[(row + r) * n_groups];
-    }
-    for (int o = 0; o < n_outputs; ++o) {
-      if (n_rows == 1) integers::dot_int4<1>(m, first + o, x, scales, groups, sums[o]);
-      else if (n_rows == 2) integers::dot_int4<2>(m, first + o, x, scales, groups, sums[o]);
-      else if (n_rows == 3) integers::dot_int4<3>(m, first + o, x, scales, groups, sums[o]);
-      else integers::dot_int4<4>(m, first + o, x, scales, groups, sums[o]);
-    }
+#ifdef CODELLAMA_VNNI
+    with_rows(n_rows, [&](auto n) {
+      int o = 0;  // two outputs at a time: more streams were slower at one row
+      for (; o + 2 <= n_outputs; o += 2)
+        integers::dot_int8<2, n()>(m, first + o, &of_int8[row], sums + o);
+      if (o < n_outputs) integers::dot_int8<1, n()>(m, first + o, &of_int8[row], sums + o);
+    });
+#else
+    dot<kInt8>(m, first, n_outputs, x, n_rows, sums);
+#endif
+  }
+
+  static void dot_int4(const Matrix& m, int64_t first, int n_outputs, const integers::Inputs* x,
+                       int n_rows, float (&sums)[kOutputs][kRows]) {
+    with_rows(n_rows, [&](auto n) {
+      for (int o = 0; o < n_outputs; ++o) integers::dot_int4<n()>(m, first + o, x, sums[o]);
+    });
   }
 
   int64_t part_size(const Matrix& m, int64_t n_rows) const {
@@ -526,7 +562,9 @@ struct Step {
 }  // namespace
 
 extern "C" void codellama_step(const Model* model, const Batch* batch, int n_threads) {
-  Step(*model, *batch).run(n_threads);
+  static thread_local Step step;
+  step.prepare(*model, *batch);
+  step.run(n_threads);
 }
 
 // The product of many rows of x [n_rows, n_in] with a matrix of integers, both in the model's type,
