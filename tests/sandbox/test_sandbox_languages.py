@@ -89,3 +89,16 @@ def test_memory_of_a_tree(pool):
     script = script.replace("x=$(", "x=\\$(")
     outcome = pool.run(script, language="bash", timeout_s=20, memory_bytes=160 << 20)
     assert outcome.status == "memory", outcome
+
+
+def test_the_first_process_of_a_run_is_out_of_reach(pool):
+    """It sleeps in the zygote's memory, and other languages see it in /proc."""
+    script = (
+        "for name in mem maps environ auxv syscall fd/0 root/usr cwd/. map_files ns/mnt; do\n"
+        '  [ -n "$(head -c1 /proc/1/$name 2>&1 >/dev/null)" ] || echo THROUGH $name\n'
+        "done\n"
+        "(echo x > /proc/1/mem) 2>&1 | grep -q . || echo THROUGH write\n"
+        "kill -9 1; kill -TERM 1; [ -d /proc/1 ] && echo alive\n"
+    )
+    outcome = pool.run(script, language="bash", timeout_s=20)
+    assert outcome.stdout == "alive\n"
