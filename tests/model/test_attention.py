@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import TINY, tiny_model
 
+from codellama.model import attention
 from codellama.model.attention import causal, within_documents
 
 # Documents of one token, at a row's end, over a whole row, and the same id in two rows.
@@ -32,9 +33,11 @@ def masked(q, k, v, document_ids):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float64, 1e-12)]
 )
-def test_documents_equal_masked_attention(dtype, tolerance, n_kv_heads):
+@pytest.mark.parametrize("may_compile", [False, True])
+def test_documents_equal_masked_attention(monkeypatch, may_compile, dtype, tolerance, n_kv_heads):
+    monkeypatch.setattr(attention, "_products", lambda: attention._by_products)  # saves compiling
     q, k, v = inputs(dtype, n_kv_heads)
-    out = within_documents(DOCUMENTS)(0, q, k, v)
+    out = within_documents(DOCUMENTS, may_compile)(0, q, k, v)
     expected = masked(q, k, v, DOCUMENTS)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
@@ -73,7 +76,7 @@ def test_operator_is_registered_correctly():
     q, k, v = inputs()
     torch.library.opcheck(
         torch.ops.codellama.per_document_attention.default,
-        (q, k, v, DOCUMENTS),
+        (q, k, v, DOCUMENTS, False),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codellama.data.loader import Batch
-from codellama.model.attention import causal, within_documents
+from codellama.model.attention import Attend, causal, within_documents
 from codellama.model.checkpoint import DTYPES
 from codellama.model.transformer import Transformer
 from codellama.recipe import Stage
@@ -114,13 +114,16 @@ class LossFunction:
         self._document_mask = stage.document_mask
         self._hidden: Any = self._decode
         self._chunk: Any = chunk_loss
-        if stage.compile and can_compile():
+        self._may_compile = stage.compile and can_compile()
+        if self._may_compile:
             self._chunk = torch.compile(chunk_loss)
             if layout.is_alone:  # else blocks are compiled one by one, see parallel.py
                 self._hidden = torch.compile(self._decode, dynamic=False)
 
     def _decode(self, tokens: Tensor, positions: Tensor, document_ids: Tensor) -> Tensor:
-        attend = within_documents(document_ids) if self._document_mask else causal
+        attend: Attend = causal
+        if self._document_mask:
+            attend = within_documents(document_ids, self._may_compile)
         return self._model.model(tokens, positions, over_contexts(attend, self._layout))
 
     def __call__(self, batch: Batch, weights: Tensor) -> Tensor:
