@@ -107,9 +107,10 @@ class Stage(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1  # Llama 2; not stated for Code Llama
     grad_clip: Annotated[float, Field(gt=0)] = 1.0  # Llama 2; not stated for Code Llama
     max_document_chars: Positive | None = None
-    """Cut longer documents at statements, so that more of them fit whole in a context and can be
-    transformed; each epoch takes one part of each. A document's own limit is drawn between an
-    eighth of this and this. None keeps files whole, as the paper does."""
+    """Cut longer documents at statements, or at lines where these are longer, so that more of them
+    fit whole in a context and can be transformed; each epoch takes one part of each. A document's
+    own limit is drawn between an eighth of this and this. None keeps files whole, as the paper
+    does."""
     document_mask: bool = True
     """Attention stays within a document; the paper does not say."""
     repeat_rate: Share = 0.0

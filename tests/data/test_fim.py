@@ -192,6 +192,8 @@ def test_parts_of_a_document_join_to_it(text, max_chars):
     parts = split_document(text, max_chars)
     assert "".join(parts) == text
     assert all(parts) or parts == [""]
+    if max_chars is not None:  # only a single line is longer
+        assert all(len(part.splitlines()) <= 1 for part in parts if len(part) > max_chars)
 
 
 def test_short_documents_and_no_limit():
@@ -208,8 +210,9 @@ def test_parts_are_filled_up():
 
 def test_text_without_any_statement_stays_whole():
     text = "    indented\n" * 20
-    assert split_document(text, 30) == [text]
-    assert split_document('"""' + text, 30) == ['"""' + text]
+    for whole in (text, '"""' + text):
+        assert split_document(whole, 30, whole_definitions=True) == [whole]
+        assert max(map(len, split_document(whole, 30))) <= 30
 
 
 def test_what_belongs_together_stays_together():
@@ -217,7 +220,8 @@ def test_what_belongs_together_stays_together():
     statement = "try:\n    import a\nexcept E:\n    a = 0\nelse:\n    b = 1\nfinally:\n    c = 2\n"
     condition = "if a:\n    pass\nelif b:\n    pass\nelse:\n    pass\n"
     units = [function, statement, condition, "# note\n", "elsewhere = 1\n", "finally_ = 2\n"]
-    assert split_document("".join(units), 1) == [*units[:3], "# note\nelsewhere = 1\n", units[5]]
+    parts = split_document("".join(units), 1, whole_definitions=True)
+    assert parts == [*units[:3], "# note\nelsewhere = 1\n", units[5]]
     # A decorated function that would go over the limit is cut off before its decorator.
     assert split_document(condition + function, len(function)) == [condition, function]
 
@@ -246,7 +250,7 @@ def as_program(part: str) -> str:
 def test_parts_of_real_modules_are_programs(stdlib_sources):
     n_parts = n_programs = 0
     for text in stdlib_sources:
-        for part in split_document(text, 1000):
+        for part in split_document(text, 1000, whole_definitions=True):
             n_parts += 1
             try:
                 ast.parse(as_program(part))
@@ -258,7 +262,7 @@ def test_parts_of_real_modules_are_programs(stdlib_sources):
 
 
 def test_parts_of_real_modules_keep_to_the_limit(stdlib_sources):
-    parts = [part for text in stdlib_sources for part in split_document(text, 2400)]
+    parts = [part for text in stdlib_sources for part in split_document(text, 2400, True)]
     assert sum(len(part) <= 2400 for part in parts) / len(parts) > 0.8
     # Longer ones are single definitions.
-    assert all(split_document(part, 1) == [part] for part in parts if len(part) > 2400)
+    assert all(split_document(part, 1, True) == [part] for part in parts if len(part) > 2400)

@@ -90,12 +90,12 @@ def transform(
     return ids, begin
 
 
-def split_document(text: str, max_chars: int | None) -> list[str]:
-    """Cut a document at statements into parts of at most `max_chars` where possible.
+def split_document(text: str, max_chars: int | None, whole_definitions: bool = False) -> list[str]:
+    """Cut a document at statements into parts of at most `max_chars`.
 
-    At top-level statements first; what is then still too long, at the definitions inside it. A
-    single definition that is longer stays whole; decorators and comments stay with the statement
-    below them. The parts joined are the document.
+    At top-level statements first; what is then still too long, at the definitions inside it; a
+    single definition, unless it is to stay whole, and a statement at lines. A longer line stays.
+    Decorators and comments stay with the statement below them. The parts joined are the document.
     """
     if max_chars is None or len(text) <= max_chars:
         return [text]
@@ -106,11 +106,13 @@ def split_document(text: str, max_chars: int | None) -> list[str]:
     for piece in top:
         if len(piece) > max_chars:
             inner = [at - begin for at, indent in starts if indent > 0]
-            pieces = _pieces(piece, [at for at in inner if 0 < at < len(piece)])
+            units = _pieces(piece, [at for at in inner if 0 < at < len(piece)])
         else:
-            pieces = [piece]
+            units = [piece]
         begin += len(piece)
-        for unit in pieces:
+        if not whole_definitions:
+            units = [part for unit in units for part in _at_lines(unit, max_chars)]
+        for unit in units:
             if parts and len(parts[-1]) + len(unit) <= max_chars:
                 parts[-1] += unit
             else:
@@ -122,6 +124,11 @@ def _pieces(text: str, starts: list[int]) -> list[str]:
     """The text cut at the given places."""
     edges = [0, *(at for at in starts if at > 0), len(text)]
     return [text[a:b] for a, b in pairwise(edges)]
+
+
+def _at_lines(text: str, max_chars: int) -> list[str]:
+    """The text as it is where it is short enough, else its lines."""
+    return [text] if len(text) <= max_chars else text.splitlines(keepends=True)
 
 
 def _starts(text: str) -> list[tuple[int, int]]:

@@ -66,7 +66,8 @@ def draw_gaps(corpus: str | Path, n_lines: int, engine: Engine, seed: int = 0) -
     while len(gaps) < n_lines:
         for package, indices in sorted(by_package.items()):
             n_tries += 1
-            part = rng.choice(split_document(reader.text(rng.choice(indices)), MAX_PART_CHARS))
+            text = reader.text(rng.choice(indices))
+            part = rng.choice(split_document(text, MAX_PART_CHARS, whole_definitions=True))
             lines = part.splitlines(keepends=True)
             fitting = [n for n, line in enumerate(lines) if len(line.strip()) >= MIN_LINE_CHARS]
             if not fitting or len(engine.tokenizer.encode(part)) > max_tokens:
