@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+
 from codellama.artifact import new_folder, write_manifest
-from codellama.data.corpus import KIND, ShardWriter
+from codellama.data.corpus import KIND, SCHEMA, ShardWriter
 from codellama.recipe import Recipe, load_recipe
 from codellama.tokenizer import Tokenizer
 from codellama.tokenizer.model_file import BYTE, CONTROL, UNKNOWN, ModelFile, Piece
@@ -87,12 +89,14 @@ def write_corpus(folder: Path, train: list[str], validation: list[str]) -> None:
         shards = []
         for split, texts in (("train", train), ("validation", validation)):
             writer = ShardWriter(temporary, split)
+            rows = []
             for text in texts:
                 row = dict.fromkeys(("source", "repository", "path", "licence"), "x")
                 digest = hashlib.sha256(text.encode()).hexdigest()
                 n_bytes = len(text.encode())
                 row |= {"text": text, "n_bytes": n_bytes, "sha256": digest}
-                writer.add({**row, "language": "python", "split": split})
+                rows.append({**row, "language": "python", "split": split})
+            writer.add(pa.Table.from_pylist(rows, schema=SCHEMA))
             writer.close()
             shards += writer.shards
         fingerprint = hashlib.sha256(json.dumps(shards).encode()).hexdigest()
