@@ -16,7 +16,7 @@ def columns(*files: tuple[str, str | None]) -> Rows:
         repository=np.array([repository for repository, _ in files], object),
         reason=np.array(["too small" if key is None else None for _, key in files], object),
         key=np.array(keys).astype("V16"),
-        sha256=np.array([f"sha-{key}-{n}".encode() for n, (_, key) in enumerate(files)], object),
+        sha256=np.array([f"sha-{key}-{n}" for n, (_, key) in enumerate(files)], object),
         n_bytes=np.ones(len(files), np.int64),
         place=np.arange(len(files)),
     )

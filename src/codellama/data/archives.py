@@ -24,7 +24,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -60,16 +60,9 @@ class BombError(OSError):
 
 
 Wanted = Callable[[str], bool]
+Rows = Iterator[tuple[int, dict[str, Any] | RawDocument]]  # each with its number or place
 
-
-class Range(NamedTuple):
-    """A part of a container: what begins at one of these bytes. Each document is in one of them."""
-
-    begin: int = 0
-    end: int = 1 << 62
-
-
-WHOLE = Range()
+END = 1 << 65  # beyond every offset in a container, also in a damaged one
 ZIP_ENDINGS = (".zip", ".whl", ".egg", ".jar")
 
 
@@ -79,18 +72,19 @@ def has_ranges(name: str) -> bool:
 
 
 def read_archive(
-    file: BinaryIO, name: str, wanted: Wanted, max_bytes: int, part: Range = WHOLE
+    file: BinaryIO, name: str, wanted: Wanted, max_bytes: int, part: range
 ) -> Iterator[RawDocument]:
     """The wanted members of a zip or (compressed) tar file, with the licence that it declares.
 
-    max_bytes: of a member are read, one more to show that it is larger.
+    max_bytes: of a member are read, one more to show that it is larger. part: the bytes at one of
+    which a member of a zip file begins that is read.
     """
     if name.lower().endswith(ZIP_ENDINGS):
-        return _up_to_damage(_zip(file, wanted, max_bytes, part), name)
-    return _up_to_damage(_tar(file, name, wanted, max_bytes), name)
+        return _zip(file, wanted, max_bytes, part)
+    return _tar(file, name, wanted, max_bytes)
 
 
-def _up_to_damage(documents: Iterator[RawDocument], name: str) -> Iterator[RawDocument]:
+def up_to_damage(documents: Iterator[RawDocument], name: str) -> Iterator[RawDocument]:
     """The documents of a container, and behind them why it could not be read to its end."""
     try:
         yield from documents
@@ -102,9 +96,9 @@ def _up_to_damage(documents: Iterator[RawDocument], name: str) -> Iterator[RawDo
         yield RawDocument(name, reason="damaged archive", detail=_plain(error))
 
 
-def _zip(file: BinaryIO, wanted: Wanted, max_bytes: int, part: Range) -> Iterator[RawDocument]:
+def _zip(file: BinaryIO, wanted: Wanted, max_bytes: int, part: range) -> Iterator[RawDocument]:
     archive = zipfile.ZipFile(file)
-    size = min(file.seek(0, os.SEEK_END), part.end) - part.begin
+    size = min(file.seek(0, os.SEEK_END), part.stop) - part.start
     members = sorted(archive.infolist(), key=lambda info: info.filename)
     evidence: list[tuple[str, bytes]] = []
     for info in members:
@@ -113,9 +107,7 @@ def _zip(file: BinaryIO, wanted: Wanted, max_bytes: int, part: Range) -> Iterato
                 evidence.append((info.filename, member.read(LICENCE_BYTES)))
     licence, n_bytes = _licence(evidence), 0
     for info in members:
-        if not part.begin <= info.header_offset < part.end:
-            continue
-        if info.is_dir() or not wanted(info.filename):
+        if info.is_dir() or max(info.header_offset, 0) not in part or not wanted(info.filename):
             continue
         document = RawDocument(info.filename, licence=licence)
         if info.file_size > max_bytes:
@@ -259,28 +251,20 @@ GIT_ENVIRONMENT = {"GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0", "LC_ALL
 
 
 def read_table(
-    file: BinaryIO, name: str, source: Source, max_bytes: int, part: Range = WHOLE
+    file: BinaryIO, name: str, source: Source, max_bytes: int, part: range
 ) -> Iterator[RawDocument]:
     """The rows of a Parquet or JSON lines file as documents.
 
-    One without a path is named by its number, or by the (unpacked) byte at which its line begins.
+    part: the bytes at one of which a line or row group begins that is read. A row without a path is
+    named by its number in Parquet, and by the (unpacked) byte at which its line begins in JSON.
     """
-    return _up_to_damage(_documents(file, name, source, max_bytes, part), name)
-
-
-def _documents(
-    file: BinaryIO, name: str, source: Source, max_bytes: int, part: Range
-) -> Iterator[RawDocument]:
     wanted = {
         field: [columns] if isinstance(columns, str) else list(columns)
         for field, columns in source.columns.items()
     }
-    if source.kind == "parquet":
-        columns = list(dict.fromkeys(name for names in wanted.values() for name in names))
-        rows = _parquet_rows(file, columns, part)
-    else:
-        rows = _json_rows(file, name, max_bytes, part)
-    for number, row in rows:
+    rows = _parquet_rows if source.kind == "parquet" else _json_rows
+    needed = list(dict.fromkeys(name for names in wanted.values() for name in names))
+    for number, row in rows(file, name, needed, max_bytes, part):
         path = f"{name}#{number}"
         if isinstance(row, RawDocument):
             row.path = path
@@ -305,8 +289,8 @@ def _documents(
 
 
 def _parquet_rows(
-    file: BinaryIO, columns: list[str], part: Range
-) -> Iterator[tuple[int, dict[str, Any]]]:
+    file: BinaryIO, _name: str, columns: list[str], _max_bytes: int, part: range
+) -> Rows:
     table = pq.ParquetFile(file, buffer_size=1 << 20)  # or it would read columns of a group whole
     if absent := [name for name in columns if name not in table.schema_arrow.names]:
         raise KeyError(f"{absent[0]}; the file has {', '.join(table.schema_arrow.names[:20])}")
@@ -314,21 +298,19 @@ def _parquet_rows(
     for group in range(table.num_row_groups):
         about = table.metadata.row_group(group)
         begin = about.column(0).dictionary_page_offset or about.column(0).data_page_offset
-        if part.begin <= max(begin, 0) < part.end:
+        if max(begin, 0) in part:
             batches = table.iter_batches(64, row_groups=[group], columns=columns)
             yield from enumerate((row for b in batches for row in b.to_pylist()), number)
         number += about.num_rows
 
 
-def _json_rows(
-    file: BinaryIO, name: str, max_bytes: int, part: Range
-) -> Iterator[tuple[int, dict[str, Any] | RawDocument]]:
-    at = file.seek(max(part.begin - 1, 0))
+def _json_rows(file: BinaryIO, name: str, _columns: list[str], max_bytes: int, part: range) -> Rows:
+    at = file.seek(max(part.start - 1, 0))
     stream = io.BufferedReader(Limited(unpacked(file, name), file), 1 << 20)
-    if part.begin:  # to the first line that begins in this part; the one before is another's
-        at = _pass_line(stream, at, part.end)
+    if part.start:  # to the first line that begins in this part; the one before is another's
+        at = _pass_line(stream, at, part.stop)
     limit = 6 * max_bytes + 65_536  # a character can be written as \u0000; other columns
-    while at < part.end and (line := stream.readline(limit)):
+    while at < part.stop and (line := stream.readline(limit)):
         begin, at = at, at + len(line)
         if len(line) == limit and not line.endswith(b"\n"):
             at = _pass_line(stream, at)
@@ -344,7 +326,7 @@ def _json_rows(
         yield begin, row if isinstance(row, dict) else RawDocument(name, reason="damaged row")
 
 
-def _pass_line(stream: BinaryIO, at: int, end: int = WHOLE.end) -> int:
+def _pass_line(stream: BinaryIO, at: int, end: int = END) -> int:
     """Where the line ends that `at` is in; not further than to a place beyond `end`."""
     while at < end and (passed := stream.readline(1 << 20)):
         at += len(passed)

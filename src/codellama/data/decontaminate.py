@@ -158,9 +158,8 @@ def _filter(grams: np.ndarray) -> np.ndarray:
 
 
 def _factors(n: int) -> np.ndarray:
-    return np.random.default_rng(1).integers(1, 1 << 63, n, dtype=np.uint64) * np.uint64(
-        2
-    ) + np.uint64(1)
+    factors = np.random.default_rng(1).integers(1, 1 << 63, n, dtype=np.uint64)
+    return factors * np.uint64(2) + np.uint64(1)
 
 
 def _mixed(hashes: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from codellama.data.archives import GIT_ENVIRONMENT, Range, has_ranges, read_git
+from codellama.data.archives import END, GIT_ENVIRONMENT, has_ranges, read_git
 from codellama.data.licences import LICENCE_FILE, UNKNOWN, licence_of_metadata
 from codellama.data.sources import (
     REMOTE,
@@ -252,12 +252,12 @@ def _container_units(
     reader = "table" if source.kind in ("parquet", "jsonl") else "archive"
     if not repository:
         repository = source.name if reader == "table" else _ARCHIVE_ENDING.sub("", name)
-    n_parts = -(-file.n_bytes // UNIT_BYTES) if has_ranges(name) else 1
-    cuts = [file.n_bytes * k // n_parts for k in range(1, n_parts)]
-    for part in map(Range, [0, *cuts], [*cuts, Range().end]):
-        size = min(part.end, file.n_bytes) - part.begin
+    step = UNIT_BYTES if has_ranges(name) else END
+    for begin in range(0, file.n_bytes or 1, step):
+        end = begin + step if begin + step < file.n_bytes else END
+        size = min(end, file.n_bytes) - begin
         fields = (source.name, reader, location, name, file.state, size, repository, source.licence)
-        yield Unit(*fields, part=part)
+        yield Unit(*fields, begin=begin, end=end)
 
 
 def _list_containers(source: Source, listing: Listing) -> Iterator[Unit]:

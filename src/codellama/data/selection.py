@@ -148,7 +148,6 @@ class Selection:
         for batch in self.table.select(["source", *_LIGHT[:6], "sha256"]).to_batches(4096):
             for row in batch.to_pylist():
                 row["source"] = names[row["source"]]
-                row["sha256"] = row["sha256"] and row["sha256"].hex()
                 digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
         return digest.hexdigest()
 
@@ -204,7 +203,7 @@ def select(corpus: Corpus, staged: list[Staged], folder: Path) -> Selection:
     split, stands_for = assign_splits(corpus, rows, signatures, fixed)
     order = np.zeros(len(split))
     for index in np.flatnonzero(split >= 0):
-        order[index] = unit_hash(corpus.seed, rows.sha256[index].hex())
+        order[index] = unit_hash(corpus.seed, rows.sha256[index])
     # Of each staged file the places of its rows in the table, in the file's own order.
     back = np.lexsort((table.column("row").to_numpy(), part_of := table.column("part").to_numpy()))
     places = np.split(back, np.searchsorted(part_of[back], np.arange(1, len(staged))))

@@ -62,7 +62,7 @@ def write_shards(
     for number, split in enumerate(SPLITS):
         writer = ShardWriter(folder, split)
         for bucket in range(n_buckets):
-            for table in _sorted(spill / f"{number}-{bucket}.arrow", split):
+            for table in _sorted(spill / f"{number * n_buckets + bucket}.arrow", split):
                 writer.add(table)
         writer.close()
         shards += writer.shards
@@ -70,9 +70,7 @@ def write_shards(
     return shards
 
 
-_SPILLED = pa.schema(
-    [field for field in SCHEMA if field.name != "split"] + [pa.field("order", pa.float64())]
-)
+_SPILLED = SCHEMA.remove(SCHEMA.get_field_index("split")).append(pa.field("order", pa.float64()))
 
 
 def _spill(parts: list[Part], n_buckets: int, spill: Path, advance: Callable[[int], None]) -> None:
@@ -85,9 +83,7 @@ def _spill(parts: list[Part], n_buckets: int, spill: Path, advance: Callable[[in
     def flush() -> None:
         for name, tables in waiting.items():
             if name not in writers:
-                number, bucket = divmod(name, n_buckets)
-                path = str(spill / f"{number}-{bucket}.arrow")
-                writers[name] = pa.ipc.new_file(path, _SPILLED, options=options)
+                writers[name] = pa.ipc.new_file(f"{spill}/{name}.arrow", _SPILLED, options=options)
             writers[name].write_table(pa.concat_tables(tables))
         waiting.clear()
 
@@ -100,7 +96,9 @@ def _spill(parts: list[Part], n_buckets: int, spill: Path, advance: Callable[[in
             names = split * n_buckets + np.minimum((order * n_buckets).astype(int), n_buckets - 1)
             chosen = np.argsort(names, kind="stable")
             chosen = chosen[split[chosen] >= 0]
-            kept = _columns(table.take(chosen), part.source, order[chosen])
+            kept = table.take(chosen).append_column("order", pa.array(order[chosen]))
+            kept = kept.append_column("source", pa.repeat(part.source, len(chosen)))
+            kept = kept.select(_SPILLED.names)
             found, begins = np.unique(names[chosen], return_index=True)
             for name, begin, end in zip(found, begins, [*begins[1:], len(chosen)], strict=True):
                 waiting.setdefault(int(name), []).append(kept.slice(begin, end - begin))
@@ -112,17 +110,6 @@ def _spill(parts: list[Part], n_buckets: int, spill: Path, advance: Callable[[in
     flush()
     for writer in writers.values():
         writer.close()
-
-
-def _columns(table: pa.Table, source: str, order: np.ndarray) -> pa.Table:
-    """The columns of a document's row; the hash as hexadecimal text."""
-    made = {
-        "source": pa.array([source] * table.num_rows, pa.string()),
-        "sha256": pa.array([digest.hex() for digest in table.column("sha256").to_pylist()]),
-        "order": pa.array(order),
-    }
-    columns = [made[f.name] if f.name in made else table.column(f.name) for f in _SPILLED]
-    return pa.table(columns, schema=_SPILLED)
 
 
 def _sorted(path: Path, split: str) -> Iterator[pa.Table]:

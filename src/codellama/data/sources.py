@@ -19,14 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, Literal, NamedTuple, cast
 
-from codellama.data.archives import (
-    WHOLE,
-    Range,
-    RawDocument,
-    read_archive,
-    read_git,
-    read_table,
-)
+from codellama.data import archives
+from codellama.data.archives import END, RawDocument
 from codellama.data.languages import DATA, PROSE, language_of
 from codellama.data.licences import LICENCE_FILE, UNKNOWN
 from codellama.recipe import Source
@@ -66,8 +60,9 @@ class Unit:
     repository: str = ""
     licence: str = UNKNOWN
     entries: tuple[Entry, ...] = ()
-    part: Range = WHOLE
-    """What of an archive or table is read; units of a large one share its other fields."""
+    begin: int = 0
+    end: int = END
+    """Of an archive or table, what begins at one of these bytes is read."""
 
 
 def takes(source: Source, path: str) -> bool:
@@ -120,7 +115,7 @@ def _contained(unit: Unit, source: Source, max_bytes: int) -> Iterator[RawDocume
     """The documents of a repository, archive or table, as it names them."""
     if unit.reader == "git":
         blobs = [(entry.path, entry.location) for entry in unit.entries]
-        yield from read_git(unit.location, blobs, max_bytes)
+        yield from archives.read_git(unit.location, blobs, max_bytes)
         return
     try:
         file = open_location(unit.location)
@@ -129,11 +124,13 @@ def _contained(unit: Unit, source: Source, max_bytes: int) -> Iterator[RawDocume
         yield RawDocument(unit.name, reason="unavailable", detail=detail)
         return
     with file:
+        part = range(unit.begin, unit.end)
         if unit.reader == "table":
-            yield from read_table(file, unit.name, source, max_bytes, unit.part)
+            found = archives.read_table(file, unit.name, source, max_bytes, part)
         else:
             wanted = partial(takes, source)
-            yield from read_archive(file, unit.name, wanted, max_bytes, unit.part)
+            found = archives.read_archive(file, unit.name, wanted, max_bytes, part)
+        yield from archives.up_to_damage(found, unit.name)
 
 
 def open_location(location: str) -> BinaryIO:

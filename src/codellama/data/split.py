@@ -31,7 +31,7 @@ class Rows:
     repository: np.ndarray  # object: str
     reason: np.ndarray  # object: str or None; reasons of duplicates are filled in
     key: np.ndarray  # V16
-    sha256: np.ndarray  # object: bytes
+    sha256: np.ndarray  # object: str
     n_bytes: np.ndarray  # int64
     place: np.ndarray
     """Where each row's signature stands."""
@@ -102,7 +102,7 @@ def _hold_out_documents(corpus: Corpus, rows: Rows, split: np.ndarray, kept: np.
     named = {normalised_name(name) for name in corpus.hold_out}
     free = [int(i) for i in kept if normalised_name(str(rows.repository[i])) not in named]
     if free and len(np.unique(split[kept])) == 1:
-        free.sort(key=lambda index: unit_hash(corpus.seed, rows.sha256[index].hex()))
+        free.sort(key=lambda index: unit_hash(corpus.seed, rows.sha256[index]))
         n_held = min(max(1, round(corpus.validation_share * len(free))), len(free) - 1)
         split[free] = [VALIDATION if rank < n_held else TRAIN for rank in range(len(free))]
 

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from codellama.data.archives import Range, RawDocument
+from codellama.data.archives import RawDocument
 from codellama.data.corpus import REPEATED
 from codellama.data.decontaminate import BlockList, cut
 from codellama.data.dedup import KEY_BYTES, normalised_key
@@ -60,7 +60,7 @@ def columns(n_hashes: int = 0) -> pa.Schema:
     """The columns of a staged file; a dropped document has a reason and no text."""
     names = ("repository", "path", "language", "kind", "licence", "reason", "detail")
     fields = [(name, pa.string()) for name in names]
-    fields += [("n_bytes", pa.int64()), ("key", pa.binary(KEY_BYTES)), ("sha256", pa.binary(32))]
+    fields += [("n_bytes", pa.int64()), ("key", pa.binary(KEY_BYTES)), ("sha256", pa.string())]
     fields += [("hits", pa.list_(pa.string())), ("redacted", pa.list_(pa.string()))]
     if n_hashes:
         fields.append(("signature", pa.binary(4 * n_hashes)))
@@ -112,7 +112,6 @@ def stage_json(unit: str, source: str, settings: str, folder: str, key: str) -> 
     """The same with plain arguments, for workers; returns the key."""
     fields = json.loads(unit)
     fields["entries"] = tuple(Entry(*entry) for entry in fields["entries"])
-    fields["part"] = Range(*fields["part"])
     examined = Source.model_validate_json(source), Settings.model_validate_json(settings)
     if not Path(folder, f"{key}.parquet").exists():  # a cluster asks again when a node was lost
         stage_unit(Unit(**fields), *examined, Path(folder), key)
@@ -195,7 +194,7 @@ def _judged(row: dict[str, Any], raw: RawDocument, settings: Settings) -> dict[s
         "reason": reason,
         "n_bytes": len(content),
         "key": normalised_key(text) if text is not None else None,
-        "sha256": hashlib.sha256(content).digest() if text is not None else None,
+        "sha256": hashlib.sha256(content).hexdigest() if text is not None else None,
         "hits": list(hits),
         "redacted": redacted,
         "rejected": rejected,
