@@ -94,10 +94,16 @@ struct Stored<kInt8> {
   }
 };
 
-inline float total(Floats x) {
-  float sum = 0;
-  for (int i = 0; i < kWidth; ++i) sum += x[i];
-  return sum;
+inline float total(Floats x) {  // in pairs: one after the other they would wait for each other
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float values[kWidth];
+  std::memcpy(values, &x, sizeof x);
+  for (int n = kWidth / 2; n; n /= 2)
+    for (int i = 0; i < n; ++i) values[i] += values[i + n];
+  return values[0];
+#endif
 }
 
 // To about the last bit between -87 and 88, where it stops. Source: the polynomial of Cephes' expf.
@@ -372,34 +378,51 @@ struct Step {
     }
   }
 
+  // Some consecutive positions of one head as floats [n, Dh].
+  template <Kind kind>
+  void widen(const void* store, const float* scales, int64_t place, int64_t n, float* to) const {
+    using S = Stored<kind>;
+    const int64_t width = model.head_width;
+    for (int64_t p = 0; p < n; ++p, place += model.n_kv_heads, to += width) {
+      const auto* from = static_cast<const typename S::Type*>(store) + place * width;
+      const float scale = kind == kInt8 ? scales[place] : 1.0f;
+      int64_t i = 0;
+      for (; i + kWidth <= width; i += kWidth) {
+        const Floats values = S::many(from + i) * scale;
+        std::memcpy(to + i, &values, sizeof values);
+      }
+      for (; i < width; ++i) to[i] = S::one(from[i]) * scale;
+    }
+  }
+
   // Attention of the query heads that share one key head, for one row.
   template <Kind kind>
   void attend(int64_t layer, int64_t row, int64_t kv_head, std::vector<float>& scores) {
-    using S = Stored<kind>;
     const int64_t width = model.head_width, group = model.n_heads / model.n_kv_heads;
     const int64_t length = batch.positions[row] + 1, size = model.block_tokens;
     const int32_t* blocks = batch.table + batch.sequences[row] * batch.table_width;
     const float* queries = q.data() + (row * model.n_heads + kv_head * group) * width;
     float* out = attended.data() + (row * model.n_heads + kv_head * group) * width;
     const float factor = 1.0f / std::sqrt(static_cast<float>(width));
-    const auto place = [&](int64_t at) {
-      const int64_t slot = blocks[at / size] * size + at % size;
+    scores.resize(group * length + size * width);
+    float* wide = scores.data() + group * length;
+    const auto place = [&](int64_t at) {  // of the first position of a block
+      const int64_t slot = blocks[at / size] * size;
       return (layer * model.n_slots + slot) * model.n_kv_heads + kv_head;
     };
-    scores.resize(group * length);
-    for (int64_t at = 0; at < length; ++at) {
-      const int64_t here = place(at);
-      const auto* key = static_cast<const typename S::Type*>(model.keys) + here * width;
-      const float scale = kind == kInt8 ? factor * model.key_scales[here] : factor;
-      for (int64_t g = 0; g < group; ++g) {
-        Floats parts = {};
-        int64_t i = 0;
-        for (; i + kWidth <= width; i += kWidth)
-          parts += Stored<kFloat32>::many(queries + g * width + i) * S::many(key + i);
-        float sum = total(parts);
-        for (; i < width; ++i) sum += queries[g * width + i] * S::one(key[i]);
-        scores[g * length + at] = sum * scale;
-      }
+    for (int64_t at = 0; at < length; at += size) {
+      const int64_t n = std::min(size, length - at);
+      widen<kind>(model.keys, model.key_scales, place(at), n, wide);
+      for (int64_t p = 0; p < n; ++p)
+        for (int64_t g = 0; g < group; ++g) {
+          const float *key = wide + p * width, *query = queries + g * width;
+          Floats parts = {};
+          int64_t i = 0;
+          for (; i + kWidth <= width; i += kWidth) parts += loaded(query + i) * loaded(key + i);
+          float sum = total(parts);
+          for (; i < width; ++i) sum += query[i] * key[i];
+          scores[g * length + at + p] = sum * factor;
+        }
     }
     for (int64_t g = 0; g < group; ++g) {
       float* weights = scores.data() + g * length;
@@ -418,19 +441,19 @@ struct Step {
       for (int64_t at = 0; at < length; ++at) weights[at] *= inverse;
     }
     std::fill(out, out + group * width, 0.0f);
-    for (int64_t at = 0; at < length; ++at) {
-      const int64_t here = place(at);
-      const auto* value = static_cast<const typename S::Type*>(model.values) + here * width;
-      const float scale = kind == kInt8 ? model.value_scales[here] : 1.0f;
+    for (int64_t at = 0; at < length; at += size) {
+      const int64_t n = std::min(size, length - at);
+      widen<kind>(model.values, model.value_scales, place(at), n, wide);
       for (int64_t g = 0; g < group; ++g) {
-        const float weight = scores[g * length + at] * scale;
-        float* to = out + g * width;
+        const float* weights = scores.data() + g * length + at;
         int64_t i = 0;
         for (; i + kWidth <= width; i += kWidth) {
-          const Floats sum = Stored<kFloat32>::many(to + i) + S::many(value + i) * weight;
-          std::memcpy(to + i, &sum, sizeof sum);
+          Floats sum = loaded(out + g * width + i);
+          for (int64_t p = 0; p < n; ++p) sum += loaded(wide + p * width + i) * weights[p];
+          std::memcpy(out + g * width + i, &sum, sizeof sum);
         }
-        for (; i < width; ++i) to[i] += S::one(value[i]) * weight;
+        for (; i < width; ++i)
+          for (int64_t p = 0; p < n; ++p) out[g * width + i] += wide[p * width + i] * weights[p];
       }
     }
     for (int64_t i = 0; i < group * width; ++i) out[i] = rounded(out[i]);
