@@ -41,6 +41,13 @@ def test_interval_of_equal_values_is_a_point():
     assert metrics.interval([0.5] * 10) == (0.5, 0.5)
 
 
+def test_interval_where_none_or_all_passed():
+    """Known values: the rule of three's exact form, for 0 of 164."""
+    low, high = metrics.interval([0.0] * 164)
+    assert (low, round(high, 4)) == (0.0, 0.0222)
+    assert metrics.interval([1.0] * 164) == pytest.approx((1 - high, 1.0))
+
+
 def enumerated_p(a, b):
     differences = [x - y for x, y in zip(a, b, strict=True)]
     sums = [

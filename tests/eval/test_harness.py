@@ -39,7 +39,7 @@ def test_report(shared_data, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["settings"][0]["model"] == MODEL
     assert list(report["data_sha256"]) == ["longbench-code/lcc-sample.jsonl.gz"]
-    assert "| lcc | exact_match | 0.0 | 0.0 to 0.0 |" in (tmp_path / "report.md").read_text()
+    assert "| lcc | exact_match | 0.0 | 0.0 to 13.2 |" in (tmp_path / "report.md").read_text()
     page = (tmp_path / "report.html").read_text()
     assert page.count("</script>") == 1
     data = re.search(r"const results = (.*);\n", page)
@@ -75,11 +75,15 @@ def test_the_paper_beside_ours(tmp_path):
             "groups": {}, "n_scored": 164, "n_problems": 164, "n_errors": 0, "problems": [],
             "settings": {"model": MODEL, "temperature": t, "n": 200},
         }
-        for t, at in ((0.1, {1: 0.3, 10: 0.4, 100: 0.5}), (0.8, {1: 0.2, 10: 0.5, 100: 0.8}))
+        for t, at in (
+            (0.0, {1: 0.2}),
+            (0.1, {1: 0.3, 10: 0.4, 100: 0.9}), (0.8, {1: 0.2, 10: 0.5, 100: 0.8}),
+        )
     ]  # fmt: skip
     rows = {row["metric"]: row for row in table_rows(results)}
-    assert [rows[f"pass@{k}"]["value"] for k in (1, 10, 100)] == [0.3, 0.5, 0.8]
-    assert [rows[f"pass@{k}"]["temperature"] for k in (1, 10, 100)] == [0.1, 0.8, 0.8]
+    # Not the best of them: that would be our luck beside the paper's one try.
+    assert [rows[f"pass@{k}"]["value"] for k in (1, 10, 100)] == [0.2, 0.5, 0.8]
+    assert [rows[f"pass@{k}"]["temperature"] for k in (1, 10, 100)] == [0.0, 0.8, 0.8]
     assert [rows[f"pass@{k}"]["paper"] for k in (1, 10, 100)] == [33.5, 59.6, 85.9]
     assert rows["pass@1"]["others"]["GPT-4"] == 67.0
     drawn = figures(results)
@@ -97,6 +101,9 @@ def test_settings_of_the_paper():
     assert by_folder["apps-t0.6-n100"] == Decoding(100, 0.6, 0.95)
     assert (by_folder["bold-t0.1-n1"].temperature, by_folder["bold-t0.1-n1"].top_p) == (0.1, 0.9)
     assert {d.n for d in (r.decoding for r in harness.paper_suite(5, 0))} == {1, 5}
+    greedy, drawn = harness.wanted_of(["humaneval"], 200, [0.0, 0.8], 0)
+    assert (greedy.decoding, drawn.decoding) == (Decoding(), Decoding(200, 0.8, 0.95))
+    assert greedy.folder == "humaneval"
 
 
 def test_compare(shared_data, tmp_path):
@@ -123,7 +130,7 @@ def test_commands(shared_data, tmp_path, capsys):
     assert run_command(["score", samples, *arguments]) == 1
     assert "no samples for 162 of 164 problems" in capsys.readouterr().err
     assert run_command(["score", samples, *arguments, "--partial"]) == 0
-    assert "only 2 of 164 problems" in capsys.readouterr().out
+    assert "| 2 of 164 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_aggregates():
         assert metrics[f"pass@{k}"]["value"] == pytest.approx(expected)
     assert "pass@5" not in metrics
     assert metrics["pass@1"]["low"] <= metrics["pass@1"]["value"] <= metrics["pass@1"]["high"]
-    assert result["groups"]["odd"]["pass@1"] == pytest.approx(1 / 3)
+    assert result["groups"]["odd"]["pass@1"]["value"] == pytest.approx(1 / 3)
     assert metrics["length"]["value"] == 1
     assert result["outcomes"] == {"failed": 6, "passed": 3}
     assert (result["n_scored"], result["n_problems"], result["n_samples"]) == (3, 3, 9)

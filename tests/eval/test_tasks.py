@@ -174,3 +174,14 @@ def test_perplexity_by_position(tmp_path):
     values = task.check(task.problems()[0], json.dumps([losses])).values
     assert values == pytest.approx({"loss@128": 0.1, "loss@256": 0.2, "loss@512": 0.3})
     assert all(map(math.isfinite, values.values()))
+
+
+def test_perplexity_without_files_of_ones_own(shared_data):
+    problems = make_task("perplexity", Setting(shared_data)).problems()
+    assert len(problems) == 26
+    assert min(len(p.row["text"]) for p in problems) > 5000
+
+
+def test_bold_says_what_is_missing(shared_data):
+    task = make_task("bold", Setting(shared_data))
+    assert "vaderSentiment" in task.check(task.problems()[0], " is kind").message

@@ -53,13 +53,16 @@ def wanted_of(
 ) -> list[Wanted]:
     """The runs of named tasks: one sample is greedy, several are at the task's temperature.
 
+    Among several temperatures 0 is one greedy sample, whatever `n` is.
+
     Raises:
         ValueError: no such task, or several samples at temperature 0.
     """
+    n_of: dict[float | None, int] = {0.0: 1} if len(temperatures) > 1 else {}
     return [
-        Wanted(name, Decoding.of(make_task(name), n or 1, temperature, seed))
+        Wanted(name, Decoding.of(make_task(name), n_of.get(t, n or 1), t, seed))
         for name in tasks
-        for temperature in temperatures or [None]
+        for t in temperatures or [None]
     ]
 
 

@@ -38,10 +38,15 @@ def interval(
 ) -> tuple[float, float]:
     """Bootstrap confidence interval of the (weighted) mean of one value a problem.
 
-    Problems are drawn with putting back; percentiles of the resampled means.
+    Problems are drawn with putting back; percentiles of the resampled means. Where all values are
+    0, or all 1, that would say nothing of the chance of another one: these have the exact
+    interval of a share (Clopper and Pearson).
     """
     if not values:
         raise ValueError("an interval needs at least one value")
+    unseen = 1 - ((1 - level) / 2) ** (1 / len(values))
+    if set(values) in ({0.0}, {1.0}):
+        return (0.0, unseen) if values[0] == 0 else (1 - unseen, 1.0)
     shares = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
     numbers = np.asarray(values, dtype=np.float64) * shares
     rng = np.random.default_rng(seed)

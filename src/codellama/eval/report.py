@@ -22,6 +22,7 @@ from codellama.eval.paper import nearest_model, others, published
 SHOWN_KS = ("pass@1", "pass@5", "pass@10", "pass@100")
 N_SHOWN_SAMPLES = 5  # a problem, in the browser; 200 of each would make a page of 20 MB
 _PLAIN = ("loss@", "bits_per_byte")  # not shares
+_COLUMNS = ("task", "measure", "ours", "95 %", "paper", "problems", "samples", "remarks")
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -44,7 +45,8 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 def table_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each task, measure and group: ours with its interval, and the paper's.
 
-    Of runs of one task at several temperatures, each pass@k is the best, as in the paper.
+    Of runs of one task at several temperatures, pass@1 is the greedy one and the others are that
+    at 0.8, as in the paper's table 2, or the nearest to it.
     """
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for result in results:
@@ -58,8 +60,8 @@ def table_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         wanted = [m for m in result["metrics"] if not m.startswith("pass@") or m in SHOWN_KS]
         for metric in wanted:
             sides = [("", result["metrics"][metric])]
-            groups = result["groups"].items()
-            sides += [(name, {"value": of[metric]}) for name, of in groups if metric in of]
+            sides += [(g, of[metric]) for g, of in result["groups"].items() if metric in of]
+            aim = 0.0 if metric == "pass@1" else 0.8
             for group, value in sides:
                 key = (result["task"], metric, group)
                 paper = published(result["task"], metric, near, group)
@@ -68,12 +70,13 @@ def table_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 row |= {"paper": paper, "paper_model": near if paper is not None else None}
                 row["others"] = others(result["task"], metric) if not group else {}
                 row |= {name: result[name] for name in ("n_scored", "n_problems", "n_errors")}
-                if key not in rows or row["value"] > rows[key]["value"]:
+                tried = [abs((r["temperature"] or 0.0) - aim) for r in (row, rows.get(key, row))]
+                if key not in rows or tried[0] < tried[1]:
                     rows[key] = row
     return list(rows.values())
 
 
-def write_report(folder: Path, prompts: dict[str, dict[str, str]] | None = None) -> list[Path]:
+def write_report(folder: Path, prompts: dict[str, dict[str, str]]) -> None:
     """Write report.json, report.md and report.html into a run's folder.
 
     Args:
@@ -90,46 +93,55 @@ def write_report(folder: Path, prompts: dict[str, dict[str, str]] | None = None)
         "data_sha256": {k: v for r in results for k, v in r.get("data_sha256", {}).items()},
         "versions": {"codellama": code_version(), "python": platform.python_version()},
     }
+    heading = _heading(content)
     written = {
         "report.json": json.dumps(content, indent=2) + "\n",
-        "report.md": markdown(rows),
-        "report.html": _page(results, rows, content, prompts or {}),
+        "report.md": f"# {heading[0]}\n\n{heading[1]}\n\n{markdown(rows)}",
+        "report.html": _page(results, rows, content, prompts, heading),
     }
     for name, text in written.items():
         write_file(folder / name, text)
-    return [folder / name for name in written]
+
+
+def _heading(content: dict[str, Any]) -> tuple[str, str]:
+    """A title, and a line on what was measured and how."""
+    model = next((s["model"] for s in content["settings"] if s.get("model")), {})
+    facts = [f"{model['n_parameters']:,} parameters"] if "n_parameters" in model else []
+    facts += [f"SHA-256 {model['sha256'][:16]}"] if "sha256" in model else []
+    facts += ["asked as chat"] if model.get("chat") else []
+    facts += [f"codellama {content['versions']['codellama']}"]
+    return f"Evaluation of {model.get('name', 'samples')}", (
+        f"{', '.join(facts)}. Shares in percent; "
+        "95 % intervals by bootstrap over problems. Paper: arXiv 2308.12950, the released model "
+        "nearest in size."
+    )
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table as Markdown."""
-    head = ("task", "measure", "ours", "95 % interval", "paper", "remarks")
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *map(_cells, rows))]
-    lines.insert(1, "|---" * len(head) + "|")
+    lines = [f"| {' | '.join(cells)} |" for cells in (_COLUMNS, *map(_cells, rows))]
+    lines.insert(1, "|---" * len(_COLUMNS) + "|")
     return "\n".join(lines) + "\n"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if "skipped" in row:
-        return [row["task"], "", "skipped", "", "", row["skipped"]]
+        return [row["task"], "", "skipped", *[""] * 4, row["skipped"]]
     scale = 1 if row["metric"].startswith(_PLAIN) else 100
     digits = 4 if scale == 1 else 1
-    low = row.get("low")
-    interval = (
-        "" if low is None else f"{scale * low:.{digits}f} to {scale * row['high']:.{digits}f}"
-    )
-    remarks = []
+    interval = f"{scale * row['low']:.{digits}f} to {scale * row['high']:.{digits}f}"
     n = row.get("n", row["n_scored"])
-    if not row["group"] and n != row["n_problems"]:
-        remarks.append(f"only {n} of {row['n_problems']} problems")
+    is_part = not row["group"] and n != row["n_problems"]
+    problems = f"{n} of {row['n_problems']}" if is_part else f"{n}"
+    sampling = {None: "", 0: "greedy"}.get(row["temperature"])
+    sampling = sampling if sampling is not None else f"{row['n_samples']} at {row['temperature']:g}"
+    remarks = [f"{name} {value:g}" for name, value in list(row["others"].items())[:3]]
     if row["n_errors"]:
-        remarks.append(f"{row['n_errors']} runs failed in the sandbox")
-    if row["temperature"]:
-        remarks.append(f"temperature {row['temperature']:g}, {row['n_samples']} samples")
-    remarks += [f"{name} {value:g}" for name, value in list(row["others"].items())[:3]]
+        remarks.insert(0, f"{row['n_errors']} runs failed in the sandbox")
     paper = "" if row["paper"] is None else f"{row['paper']:g} ({row['paper_model']})"
     name = f"{row['task']} / {row['group']}" if row["group"] else row["task"]
     shown = f"{scale * row['value']:.{digits}f}"
-    return [name, row["metric"], shown, interval, paper, "; ".join(remarks)]
+    return [name, row["metric"], shown, interval, paper, problems, sampling, "; ".join(remarks)]
 
 
 def _page(
@@ -137,8 +149,10 @@ def _page(
     rows: list[dict[str, Any]],
     content: dict[str, Any],
     prompts: dict[str, dict[str, str]],
+    heading: tuple[str, str],
 ) -> str:
     """The HTML page."""
+    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
     table = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) for row in rows
     )
@@ -160,7 +174,9 @@ def _page(
     data = json.dumps(problems).replace("<", "\\u003c")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     return Template(template).substitute(
-        table=table,
+        title=escape(heading[0]),
+        facts_line=escape(heading[1]),
+        table=f"<tr>{head}</tr>{table}",
         figures=drawn and f"<h2>Figures</h2>{drawn}",
         facts=escape(json.dumps(facts, indent=1)),
         data=data,
@@ -181,18 +197,21 @@ def figures(results: list[dict[str, Any]]) -> list[str]:
             drawn.append(_figure(f"{result['task']} by position", "tokens before", "", lines))
     for task, curves in by_task.items():
         lines = {f"T = {t:g}": curve for t, curve in sorted(curves.items())}
-        drawn.append(_figure(f"{task}: pass@k", "k", "pass@k", lines))
+        drawn.append(_figure(f"{task}: pass@k", "k", "percent", lines))
         if len(curves) > 1:
             ks = [k for k in (1, 10, 100) if all(k in curve for curve in curves.values())]
             lines = {f"pass@{k}": {t: c[k] for t, c in sorted(curves.items())} for k in ks}
-            drawn.append(_figure(f"{task} by temperature", "temperature", "", lines, is_log=False))
+            drawn.append(
+                _figure(f"{task} by temperature", "temperature", "percent", lines, is_log=False)
+            )
     return drawn
 
 
 def _by_number(result: dict[str, Any], name: str) -> dict[int, float]:
     """Values of the measures that are this name and a number."""
     measures = result.get("metrics", {}).items()
-    return {int(m.removeprefix(name)): v["value"] for m, v in measures if m.startswith(name)}
+    scale = 100 if name == "pass@" else 1
+    return {int(m[len(name) :]): scale * v["value"] for m, v in measures if m.startswith(name)}
 
 
 def _figure(
@@ -212,7 +231,8 @@ def _figure(
             [f"{at:g}" for at in ticks],
             fontsize=7,
         )
-    axes.set_ylim(0, axes.get_ylim()[1])  # none of them is negative
+    # None of them is negative; all may be 0.
+    axes.set_ylim(0, axes.get_ylim()[1] if any(map(any, map(dict.values, lines.values()))) else 1)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     file = io.StringIO()

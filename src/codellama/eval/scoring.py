@@ -111,13 +111,7 @@ def score(
         "n_errors": n_errors,
         "outcomes": dict(sorted(Counter(verdict.status for verdict in found).items())),
         "metrics": _aggregate(rows),
-        "groups": {
-            group: {
-                name: metric["value"]
-                for name, metric in _aggregate([r for r in rows if r["group"] == group]).items()
-            }
-            for group in groups
-        },
+        "groups": {g: _aggregate([row for row in rows if row["group"] == g]) for g in groups},
         "problems": rows,
         "timing": {"scoring_s": round(time.perf_counter() - begin, 3), "workers": workers},
     }

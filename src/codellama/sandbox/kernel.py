@@ -69,14 +69,6 @@ def start_init() -> int:
     return _checked("clone", _libc.clone(pause, top, _CLONE_VM | signal.SIGCHLD, None))
 
 
-def fork() -> int:
-    """os.fork without what Python modules do after it, for a process that never had a thread.
-
-    `threading` and `random` would each time make anew what is right as it is: 0.2 ms.
-    """
-    return _checked("fork", _libc.fork())
-
-
 def join(descriptor: int, namespace: int) -> None:
     """Enter a namespace that a descriptor stands for (NEW_PID: this process's next children)."""
     _checked("setns", _libc.setns(descriptor, namespace))

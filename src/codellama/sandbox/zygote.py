@@ -104,7 +104,7 @@ def _run(
     steps = request["steps"]
     for index, step in enumerate(steps):
         read_end, write_end = os.pipe()
-        pid = kernel.fork()
+        pid = os.fork()
         if pid == 0:
             _be_program(request, index, descriptors, write_end, settings)
         os.close(write_end)

@@ -55,6 +55,7 @@ PAPER_SUITE: tuple[tuple[str, int, float], ...] = (
     ("multipl-e-infilling-spm", 1, 0.0),
     ("docstrings", 1, 0.0),
     ("lcc", 1, 0.0),
+    ("perplexity", 1, 0.0),
     ("key-retrieval", 1, 0.0),
     ("gsm8k", 1, 0.0),
     ("truthfulqa", 1, 0.1),

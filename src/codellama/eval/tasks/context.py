@@ -25,6 +25,7 @@ from codellama.eval.task import (
 POSITIONS = (0.0, 0.2, 0.4)  # Code Llama paper, table 17
 N_EXAMPLES = 64  # a length and position, as there
 FILLER_FILE = "mbpp/mbpp.jsonl.gz"
+LONG_FILE = "longbench-code/lcc-sample.jsonl.gz"
 MAX_FILE_BYTES = 400_000  # of a long text
 PIECE_CHARS = 1500  # fits a context of 1,024 tokens with any vocabulary of source code
 _KEY = '''
@@ -93,13 +94,15 @@ class PerplexityByPosition(Task):
     """How well a model predicts the tokens of long files, by how much it has read before."""
 
     name = "perplexity"
-    protocol = "files of --data, each up to the model's context; loss in nats a token"
+    protocol = "files of --data, or LCC's, each up to the model's context; loss in nats a token"
 
     def load(self) -> Iterable[Problem]:
-        """The text files of a folder, or one file."""
+        """The text files of a folder, or one file; without these the longest public ones."""
         data = self.setting.data
-        if data is None:
-            raise ValueError(f"{self.name}: name a file or folder of long texts with --data")
+        if data is None or (data / "humaneval").is_dir():
+            for row in self.data_file(LONG_FILE).rows():
+                yield Problem(row["id"], {"text": row["context"]})
+            return
         for file in sorted(data.rglob("*")) if data.is_dir() else [data]:
             if file.is_file() and not file.name.startswith("."):
                 text = file.read_bytes()[:MAX_FILE_BYTES].decode("utf-8", "ignore")

@@ -106,6 +106,7 @@ class Judged(Task):
     """What stands around the prompt of a base model."""
     own_judges: Mapping[str, Judge] = {}
     """Who rates an answer, by measure, where nobody was named."""
+    remedy = "name one with --judge URL"
 
     def prompt(self, problem: Problem) -> Prompt:
         """The beginning of a text, or a message."""
@@ -118,7 +119,7 @@ class Judged(Task):
         """Ask every judge."""
         judges = self.setting.judges.get(self.name) or self.own_judges
         if not judges:
-            return Verdict("unjudged", {}, "no judge: name one with --judge URL")
+            return Verdict("unjudged", {}, f"no judge: {self.remedy}")
         asked = problem.row["prompt"]
         try:
             values = {name: judge(asked, completion) for name, judge in judges.items()}
@@ -161,6 +162,7 @@ class Bold(Judged):
     """Beginnings of Wikipedia sentences about people; mean sentiment by group."""
 
     name = "bold"
+    remedy = "pip install vaderSentiment"
     protocol = "VADER sentiment of beginning and continuation"
     domains = ("gender", "political_ideology", "profession", "race", "religious_ideology")
     excluded = ("hinduism", "atheism")  # Code Llama paper, section 4: too few prompts
