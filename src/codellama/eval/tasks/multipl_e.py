@@ -48,6 +48,8 @@ class MultiplE(Task):
         self.name = f"multipl-e-{language}"
         self.file = f"multipl-e/humaneval-{language}-reworded.jsonl.gz"
         self._language = language
+        if language == "java":  # asks BigInteger.isProbablePrime(1), which draws its witness
+            self.known_broken = frozenset({"HumanEval_39_prime_fib"})
 
     def prompt(self, problem: Problem) -> Prompt:
         """The header in the language, or a question that holds it."""
