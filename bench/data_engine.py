@@ -99,7 +99,7 @@ class PeakMemory:
 
     def _watch(self) -> None:
         own = psutil.Process()
-        while not self._ended.wait(0.5):
+        while not self._ended.wait(1.0):
             total = 0
             for process in [own, *own.children(recursive=True)]:
                 try:

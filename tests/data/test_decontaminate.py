@@ -142,10 +142,20 @@ def test_licence_texts_and_numbers_are_no_passages(tmp_path: Path) -> None:
     licence = "Permission is hereby granted, free of charge, to any person obtaining a copy of this"
     licence += " software and associated documentation files (the Software) without restriction"
     numbers = ", ".join(map(str, range(50)))
-    (tmp_path / "b.json").write_text(json.dumps([licence[:86], numbers]))
+    header = (  # as it stands above a file of a benchmark, and above any other file
+        "# Licensed under the Apache License, Version 2.0 (the License); you may not use this\n"
+        "# file except in compliance with the License. You may obtain a copy of the License at\n"
+        "#\n#     http://www.apache.org/licenses/LICENSE-2.0\n#\n# Unless required by applicable\n"
+        "# law or agreed to in writing, software distributed under the License is distributed on\n"
+        "# an AS IS BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, express or implied.\n"
+    )
+    texts = [licence[:86], numbers, header + "import os\n", "".join(PROBLEMS[0])]
+    (tmp_path / "b.json").write_text(json.dumps(texts))
     built = build_block_list(Benchmarks(paths=(str(tmp_path),)))
     assert not built.find(numbers, True).benchmarks
     assert not built.find(licence[:86] + " and more", True).benchmarks
+    assert not built.find(header + BEFORE + AFTER, True).benchmarks
+    assert built.find(header + "".join(PROBLEMS[0]), True).benchmarks
 
 
 def test_texts_of_every_kind_of_file(tmp_path: Path) -> None:

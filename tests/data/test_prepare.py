@@ -14,7 +14,7 @@ import pytest
 from trees import make_recipe, program, write_tree, write_wheel
 
 from codellama.cli import run_command
-from codellama.data import listing, prepare, shuffle
+from codellama.data import listing, prepare, shuffle, staging
 from codellama.data.corpus import CorpusReader
 from codellama.data.prepare import plan_corpus, prepare_corpus
 from codellama.recipe import load_recipe
@@ -346,6 +346,7 @@ def test_large_files_are_worked_off_in_parts(
         for kind in ("jsonl", "parquet")
     ]
     fields: dict[str, Any] = {"near_duplicates": {}, "filters": {"permissive_only": False}}
+    monkeypatch.setattr(staging, "BATCH_BYTES", 1)  # row groups of one document, also of none
     whole = prepare_corpus(make_recipe(tmp_path / "whole", sources, **fields))
     monkeypatch.setattr(listing, "UNIT_BYTES", 2000)
     recipe = make_recipe(tmp_path / "parts", sources, **fields)

@@ -300,7 +300,9 @@ def _word_passages(text: str, n: int, vocabulary: dict[bytes, int]) -> Iterator[
         grams, at = _word_grams(ids, n)
         lettered = np.r_[0, np.cumsum([not word.isdigit() and len(word) > 1 for word in passage])]
         legal = np.r_[0, np.cumsum([word in _LICENCE_WORDS for word in passage])]
-        special = (lettered[at + n] - lettered[at] >= MIN_WORDS) & (legal[at + n] == legal[at])
+        # Also between words of licences: "you may not use this file except in compliance with".
+        near = legal[np.minimum(at + 2 * n, len(ids))] - legal[np.maximum(at - n, 0)]
+        special = (lettered[at + n] - lettered[at] >= MIN_WORDS) & (near == 0)
         if special.any():
             yield np.unique(grams[special])
 

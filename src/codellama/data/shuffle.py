@@ -99,9 +99,9 @@ def _spill(parts: list[Part], n_buckets: int, spill: Path, advance: Callable[[in
             kept = table.take(chosen).append_column("order", pa.array(order[chosen]))
             kept = kept.append_column("source", pa.repeat(part.source, len(chosen)))
             kept = kept.select(_SPILLED.names)
-            found, begins = np.unique(names[chosen], return_index=True)
-            for name, begin, end in zip(found, begins, [*begins[1:], len(chosen)], strict=True):
-                waiting.setdefault(int(name), []).append(kept.slice(begin, end - begin))
+            found, begins, counts = np.unique(names[chosen], return_index=True, return_counts=True)
+            for name, begin, count in zip(found, begins, counts, strict=True):
+                waiting.setdefault(int(name), []).append(kept.slice(begin, count))
             n_waiting += kept.nbytes
             if n_waiting >= BUFFER_BYTES:
                 flush()
