@@ -42,7 +42,7 @@ from codellama.data.listing import Listing, list_sources
 from codellama.data.repository import write_repositories
 from codellama.data.selection import Selection, Staged, select, write_signatures
 from codellama.data.shuffle import write_shards
-from codellama.data.staging import Settings, stage_json, stage_unit, staged_key
+from codellama.data.staging import VERSION, Settings, stage_json, stage_unit, staged_key
 from codellama.recipe import Benchmarks, Corpus, Recipe, Source
 
 IN_PROCESS_BYTES = 8_000_000  # less is done before worker processes have started (2 s)
@@ -155,7 +155,8 @@ def _plan(recipe: Recipe, build: bool) -> _Work:
 
 def _block_list(benchmarks: Benchmarks, folder: Path, build: bool) -> Path:
     """The file of the passages to look for, named after its content."""
-    digest = hashlib.sha256(benchmarks.model_dump_json(exclude={"paths"}).encode())
+    settings = benchmarks.model_dump_json(exclude={"paths"})
+    digest = hashlib.sha256(f"{VERSION} {settings}".encode())
     for file in benchmark_files(benchmarks.paths):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     path = folder / f"benchmarks-{digest.hexdigest()[:16]}.npz"
