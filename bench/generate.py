@@ -14,9 +14,10 @@ reused. --keystroke puts a token into the end of a prompt of that many, in int8.
 through llama-cpp-python, in the interpreter of --llama-python where it is not installed beside this
 one, on a file that `codellama convert` wrote: bfloat16 beside ours in bfloat16, Q8_0 beside int8,
 Q4_0 beside int4. The machine's limits stand beside each figure: the bytes a second that summing
-1 GiB reads, and the products of 2,048 cubed in PyTorch. With --processor-time the clock counts what
-this process computed instead of what passed, which says something with one thread on a machine that
-others use too. A table goes to standard error; the last line of output is one JSON object.
+1 GiB in large pages reads, and the products of 2,048 cubed in PyTorch. With --processor-time the
+clock counts what this process computed instead of what passed, which says something with one thread
+on a machine that others use too. A table goes to standard error; the last line of output is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ import torch
 
 from codellama import Engine, SamplingParams
 from codellama.engine.engine import SHIPPED_MODEL
+from codellama.engine.native import gather
 from codellama.model.config import ModelConfig
 from codellama.weights import convert, load
 
@@ -107,14 +109,16 @@ print(json.dumps(results))
 """
 
 
-def bandwidth() -> float:
+def bandwidth(clock: Clock) -> float:
     """Bytes a second that all threads read together."""
-    block = torch.ones(1 << 28)
+    holder = torch.nn.ParameterList([torch.ones(1 << 28)])
+    gather(holder)
+    [block] = holder
     times = []
     for _ in range(6):
-        begin = time.perf_counter()
+        begin = clock()
         block.sum()
-        times.append(time.perf_counter() - begin)
+        times.append(clock() - begin)
     return block.nbytes / statistics.median(times[1:])
 
 
@@ -194,6 +198,7 @@ def bench_engine(
     folder: Path, precision: str, batches: list[int], options: argparse.Namespace
 ) -> dict[str, Any]:
     model, tokenizer = load(folder, dtype=precision)
+    gather(model)
     vocabulary = model.config.vocab_size
     results: dict[str, Any] = {"weight_bytes": weight_bytes(model)}
 
@@ -215,6 +220,7 @@ def bench_engine(
 def bench_keystroke(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Seconds to the first token of a new text, and after a token is put into its end."""
     model, tokenizer = load(folder, dtype="int8")
+    gather(model)
     [text] = draw_prompts(1, options.keystroke, model.config.vocab_size)
     engine = Engine.of(model, tokenizer, max_guesses=0, max_batch=1)
     run_engine(engine, [text[:64]], 2, options.clock)
@@ -258,7 +264,9 @@ def bench_llama(folder: Path, precision: str, options: argparse.Namespace) -> di
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     path.unlink()
     if done.returncode:
-        return (done.stderr.strip().splitlines() or ["failed"])[-1]
+        # The library's own last words come after Python's: all of the end is the reason.
+        lines = done.stderr.strip().splitlines()[-12:]
+        return f"exit status {done.returncode}: " + " | ".join(lines)
     found = json.loads(done.stdout.splitlines()[-1])
     medians = {
         name: [statistics.median(column) for column in zip(*times, strict=True)]
@@ -326,7 +334,7 @@ def main() -> None:
         "threads": options.threads,
         "clock": options.clock.__name__,
         "load_average": os.getloadavg()[0],
-        "bandwidth_bytes_per_s": bandwidth(),
+        "bandwidth_bytes_per_s": bandwidth(options.clock),
         "bfloat16_per_s": products_per_s(torch.bfloat16),
         "int8_per_s": products_per_s(torch.int8),
         "prompt_tokens": options.prompt,

@@ -23,6 +23,7 @@ from codellama.engine.batcher import Batcher, Generation
 from codellama.engine.blocks import BLOCK_TOKENS, BlockPool
 from codellama.engine.cache import PagedCache, available_bytes
 from codellama.engine.generator import Ask, Generator, Prompt, Put
+from codellama.engine.native import gather
 from codellama.engine.runner import Chosen, Runner
 from codellama.engine.sampling import SamplingParams
 from codellama.engine.scheduler import STEP_TOKENS, Scheduler
@@ -84,6 +85,7 @@ class Engine(Generator):
         **options: Unpack[Options],
     ) -> None:
         loaded, tokenizer = load(model or SHIPPED_MODEL, device=device, dtype=dtype)
+        gather(loaded)
         self._start(loaded, tokenizer, options)
 
     @classmethod

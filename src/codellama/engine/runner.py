@@ -178,19 +178,12 @@ def sample(logits: Tensor, askers: Items[tuple[Sequence, int]]) -> Tensor:
 
     Nucleus as in the reference: a token is dropped if the probability before it exceeds top_p, so
     the most likely one always stays. Source: the released generation code.
-
-    Args:
-        logits: [N, V] float32.
-        askers: the sequence of each row, and the position that the token is for.
-
-    Returns:
-        [N] int64.
+    Logits [N, V] float32, with the sequence and position of each row, become ids [N].
     """
     tokens, is_sure = _draw(logits, askers, N_LIKELY)
-    unsure = (~is_sure).nonzero()[:, 0].tolist()
-    if unsure:
-        rows, vocabulary = [askers[row] for row in unsure], logits.shape[-1]
-        tokens[unsure] = _draw(logits[unsure], rows, vocabulary)[0]
+    if unsure := (~is_sure).nonzero()[:, 0].tolist():
+        rows = [askers[row] for row in unsure]
+        tokens[unsure] = _draw(logits[unsure], rows, logits.shape[-1])[0]
     return tokens
 
 

@@ -15,9 +15,7 @@ from typing import Generic, TypeVar
 
 from codellama.engine.blocks import BlockPool, extend_digests
 
-STEP_TOKENS = (
-    512  # prompt tokens of one step: enough to use the matrix units, few enough to wait for
-)
+STEP_TOKENS = 512  # of prompts: enough to use the matrix units, few enough to wait for
 MAX_PROMPTS_AT_A_TIME = 8  # that share them
 
 
