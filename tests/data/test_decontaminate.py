@@ -148,6 +148,8 @@ def test_licence_texts_and_numbers_are_no_passages(tmp_path: Path) -> None:
         "#\n#     http://www.apache.org/licenses/LICENSE-2.0\n#\n# Unless required by applicable\n"
         "# law or agreed to in writing, software distributed under the License is distributed on\n"
         "# an AS IS BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, express or implied.\n"
+        "# IN NO EVENT SHALL THE AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY,\n"
+        "# WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM IT OR THE USE OF IT\n"
     )
     texts = [licence[:86], numbers, header + "import os\n", "".join(PROBLEMS[0])]
     (tmp_path / "b.json").write_text(json.dumps(texts))

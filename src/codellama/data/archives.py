@@ -64,11 +64,8 @@ Rows = Iterator[tuple[int, dict[str, Any] | RawDocument]]  # each with its numbe
 
 END = 1 << 65  # beyond every offset in a container, also in a damaged one
 ZIP_ENDINGS = (".zip", ".whl", ".egg", ".jar")
-
-
-def has_ranges(name: str) -> bool:
-    """Whether a part of a container can be read without what stands before it."""
-    return name.lower().endswith((*ZIP_ENDINGS, ".parquet", ".jsonl", ".ndjson", ".json"))
+IN_PARTS = (*ZIP_ENDINGS, ".parquet", ".jsonl", ".ndjson", ".json")
+"""Of containers of which a part can be read without what stands before it."""
 
 
 def read_archive(

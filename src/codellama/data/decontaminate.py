@@ -36,7 +36,8 @@ FILTER_BITS = 24  # one byte each; a set of 10^6 n-grams lets 6% of others throu
 _LICENCE_WORDS = frozenset(
     b"""licence license licensed licenses licensee warranties warranty copyright copyrighted
     sublicense merchantability redistribution redistributions noninfringement permission
-    distributed hereby granted obtaining restriction limitation applicable""".split()
+    distributed hereby granted obtaining restriction limitation applicable redistribute tort
+    exemplary consequential liability""".split()
 )
 _LOWER = bytes(
     ord(chr(i).lower()) if i < 128 and chr(i).isalnum() else i if i >= 128 else 32

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from codellama.data.archives import END, GIT_ENVIRONMENT, has_ranges, read_git
+from codellama.data.archives import END, GIT_ENVIRONMENT, IN_PARTS, read_git
 from codellama.data.licences import LICENCE_FILE, UNKNOWN, licence_of_metadata
 from codellama.data.sources import (
     REMOTE,
@@ -252,7 +252,7 @@ def _container_units(
     reader = "table" if source.kind in ("parquet", "jsonl") else "archive"
     if not repository:
         repository = source.name if reader == "table" else _ARCHIVE_ENDING.sub("", name)
-    step = UNIT_BYTES if has_ranges(name) else END
+    step = UNIT_BYTES if name.lower().endswith(IN_PARTS) else END
     for begin in range(0, file.n_bytes or 1, step):
         end = begin + step if begin + step < file.n_bytes else END
         size = min(end, file.n_bytes) - begin

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import daft
 from daft import col
@@ -222,23 +222,19 @@ def _run(missing: list[Staged], work: _Work, ray: str | None) -> Iterator[None]:
         return
     # Large units first: the last one decides when all are done.
     missing = sorted(missing, key=lambda s: -s.unit.n_bytes)
-    fields = {
-        "unit": [json.dumps(asdict(s.unit)) for s in missing],
-        "source": [sources[s.unit.source].model_dump_json() for s in missing],
-        "settings": [settings.to_json()] * len(missing),
-        "folder": [str(work.folder)] * len(missing),
-        "key": [s.path.stem for s in missing],
-    }
+    kept = {name: source.model_dump(mode="json") for name, source in sources.items()}
+    how = settings.model_dump(mode="json"), str(work.folder)
+    tasks = [json.dumps((asdict(s.unit), kept[s.unit.source], *how, s.path.stem)) for s in missing]
     if ray:
-        yield from _on_ray(ray, fields)
+        yield from _on_ray(ray, tasks)
         return
     stage = daft.func(stage_json, return_dtype=daft.DataType.string(), use_process=True)
-    done: Any = stage(*map(col, fields))
-    for _ in daft.from_pydict(fields).into_batches(1).select(done.alias("done")).to_arrow_iter():
+    frame, done = daft.from_pydict({"task": tasks}), cast(Any, stage)(col("task"))
+    for _ in frame.into_batches(1).select(done).to_arrow_iter():
         yield
 
 
-def _on_ray(address: str, fields: dict[str, list[str]]) -> Iterator[None]:
+def _on_ray(address: str, waiting: list[str]) -> Iterator[None]:
     """Stage units as tasks of a Ray cluster, which starts those of a lost node again.
 
     Plain tasks, for Daft's runner has one Python process on each node, whatever its cores.
@@ -258,7 +254,7 @@ def _on_ray(address: str, fields: dict[str, list[str]]) -> Iterator[None]:
         except (ConnectionError, RuntimeError) as error:
             raise ValueError(f"--ray {address}: no cluster answers: {error}") from None
     stage = ray.remote(max_retries=ATTEMPTS)(stage_json)
-    tasks = [stage.remote(*row) for row in zip(*fields.values(), strict=True)]
+    tasks = [stage.remote(task) for task in waiting]
     while tasks:
         done, tasks = ray.wait(tasks)
         try:

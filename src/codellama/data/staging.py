@@ -108,11 +108,11 @@ def stage_unit(unit: Unit, source: Source, settings: Settings, folder: Path, key
         raise
 
 
-def stage_json(unit: str, source: str, settings: str, folder: str, key: str) -> str:
-    """The same with plain arguments, for workers; returns the key."""
-    fields = json.loads(unit)
+def stage_json(task: str) -> str:
+    """The same with its arguments as JSON, for workers; returns the key."""
+    fields, source, settings, folder, key = json.loads(task)
     fields["entries"] = tuple(Entry(*entry) for entry in fields["entries"])
-    examined = Source.model_validate_json(source), Settings.model_validate_json(settings)
+    examined = Source.model_validate(source), Settings.model_validate(settings)
     if not Path(folder, f"{key}.parquet").exists():  # a cluster asks again when a node was lost
         stage_unit(Unit(**fields), *examined, Path(folder), key)
     return key
