@@ -235,10 +235,4 @@ def random_documents(folder: Path, n: int = 3, n_chars: int = 600) -> dict[str, 
     return {f"{row['repository']}/{row['path']}": row["text"][:n_chars] for row in rows}
 
 
-def corpus_documents(folder: str | Path, split: Split) -> CorpusReader:
-    """Open one split of a corpus, all shards checked.
-
-    Raises:
-        ValueError: not a corpus folder, or a shard is missing or damaged.
-    """
-    return CorpusReader(folder, split)
+corpus_documents = CorpusReader  # opens one split of a corpus, all shards checked

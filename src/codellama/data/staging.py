@@ -51,10 +51,6 @@ class Settings(BaseModel, frozen=True):
     cut_hits: bool = False
     keep_rejects: bool = False
 
-    def to_json(self) -> str:
-        """For workers, and for the names of files."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
-
 
 def columns(n_hashes: int = 0) -> pa.Schema:
     """The columns of a staged file; a dropped document has a reason and no text."""
@@ -72,7 +68,7 @@ def staged_key(unit: Unit, source: Source, settings: Settings) -> str:
     python = ".".join(platform.python_version_tuple()[:2])  # decides what parses
     how = source.model_dump(mode="json", exclude={"path", "packages"})
     block_list = Path(settings.block_list).stem  # named after its content
-    fields = (VERSION, asdict(unit), how, settings.to_json(), block_list, python)
+    fields = (VERSION, asdict(unit), how, settings.model_dump_json(), block_list, python)
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
 
 
