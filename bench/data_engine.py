@@ -76,12 +76,12 @@ def link_tree(files: list[tuple[Path, int]], tree: Path, n_bytes: int) -> int:
     linked = 0
     for number, (path, size) in enumerate(files):
         if linked >= n_bytes:
-            return linked
+            break
         target = tree / f"r{number // FOLDER_FILES}" / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         os.link(path, target)
         linked += size
-    raise SystemExit(f"only {linked / 1e6:.0f} MB of real code in these places")
+    return linked
 
 
 class PeakMemory:
@@ -195,6 +195,9 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         files = unpack(options.places, Path(name, "pool"))
+        n_there = sum(size for _, size in files) / 1e6
+        if n_there < max(options.megabytes):
+            raise SystemExit(f"only {n_there:.0f} MB of code in these places")
         rates = steps(files)
         for size in options.megabytes:
             tree = Path(name, f"tree{size}")
