@@ -13,7 +13,7 @@ from codellama.cli import app
 from codellama.weights import load
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("start", "code", "base", "instruct", "python", "python-long")
+STAGES = ("start", "gaps", "code", "base", "instruct", "python", "python-long")
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +51,17 @@ def test_the_whole_tree(arguments):
     result = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     table = json.loads(result.stdout.splitlines()[-1])
-    assert [row["stage"] for row in table] == list(
-        ("start", "code", "base", "python", "instruct", "python-long")
-    )
+    assert sorted(row["stage"] for row in table) == sorted(STAGES)
     assert all(row["step"] == "3 of 3" for row in table)
     # All the held-out files are Python, so there is nothing to say of other kinds.
     assert all(re.fullmatch(r"all (\S+)  python \1", row["bits a byte"]) for row in table)
     # A stage changes what the recipe says, and nothing else.
     models = {stage: load(runs / stage / "checkpoint") for stage in STAGES}
     bases = {stage: model.config.rope_theta for stage, (model, _) in models.items()}
-    assert bases == {"start": 1e4, "code": 1e4, "python": 1e4} | dict.fromkeys(
-        ("base", "instruct", "python-long"), 1e6
-    )
+    short, long = ("start", "gaps", "code", "python"), ("base", "instruct", "python-long")
+    assert bases == dict.fromkeys(short, 1e4) | dict.fromkeys(long, 1e6)
     contexts = {stage: m.config.max_position_embeddings for stage, (m, _) in models.items()}
-    assert contexts == {"start": 128, "code": 128, "python": 128} | dict.fromkeys(
-        ("base", "instruct", "python-long"), 256
-    )
+    assert contexts == dict.fromkeys(short, 128) | dict.fromkeys(long, 256)
     formats = {stage: tokenizer.chat_format for stage, (_, tokenizer) in models.items()}
     assert formats == dict.fromkeys(STAGES) | {"instruct": "inst"}
     report = json.loads((runs / "instruct" / "mixture.json").read_text())

@@ -97,8 +97,6 @@ class Stage(Section):
     """Tokens per optimiser step over all ranks and micro-batches."""
     micro_batch: Positive = 8
     """Sequences per forward pass on one rank."""
-    optimizer: Literal["adamw", "muon"] = "adamw"  # Code Llama paper 2.6
-    """`muon` trains the matrices within the blocks by Muon, for models that fit on one device."""
     peak_lr: Annotated[float, Field(gt=0)]
     final_lr_ratio: Share = 1 / 30  # Code Llama paper 2.6
     warmup_steps: Annotated[int, Field(ge=0)] = 1000  # Code Llama paper 2.6

@@ -34,7 +34,7 @@ from codellama.train.loss import LossFunction, can_compile
 from codellama.train.start import prepared
 
 GOLDEN = Path(__file__).parent / "golden_loss.json"
-BFLOAT16 = ["stages.code.dtype=bfloat16", "stages.code.optimizer=muon"]
+BFLOAT16 = ["stages.code.dtype=bfloat16"]
 
 
 def weights(work, stage="code"):
@@ -188,7 +188,7 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize("overrides", [[], BFLOAT16], ids=["float32", "bfloat16 muon"])
+@pytest.mark.parametrize("overrides", [[], BFLOAT16], ids=["float32", "bfloat16"])
 def test_killed_run_ends_as_the_unbroken_one(
     run_in_children, unbroken, work, overrides, tmp_path_factory
 ):

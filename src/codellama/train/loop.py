@@ -37,7 +37,7 @@ from codellama.train import parallel
 from codellama.train.health import Health
 from codellama.train.loss import LossFunction, can_compile
 from codellama.train.metrics import MetricsLog, draw_curve, matrix_flops_per_s
-from codellama.train.optim import Optimizer, learning_rate, make_optimizer
+from codellama.train.optim import learning_rate, make_optimizer
 from codellama.train.parallel import Layout
 from codellama.train.progress import Progress
 from codellama.train.run_folder import (
@@ -67,7 +67,7 @@ class Run:
     stage: Stage
     folder: Path
     model: Transformer
-    optimizer: Optimizer
+    optimizer: torch.optim.AdamW
     loader: Loader
     health: Health
     tokenizer: Tokenizer

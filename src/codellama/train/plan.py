@@ -90,13 +90,12 @@ def memory(
     n_tokens = stage.micro_batch * stage.seq_len
     low = 2 if stage.dtype == "bfloat16" else 0
     # Sharded, a device gathers one block at a time, and the next while it works on that one.
-    n_by_muon = config.n_block_matrix_params if stage.optimizer == "muon" else 0  # one moment
     gathered = n_params if n_devices == 1 else 2 * n_params / config.num_hidden_layers
     chunk = min(CHUNK_TOKENS, n_tokens)
     return Memory(
         weights=4 * n_params / n_devices,
         gradients=4 * n_params / n_devices,
-        optimizer=(8 * n_params - n_by_muon * 4) / n_devices,
+        optimizer=8 * n_params / n_devices,
         low_precision_weights=low * gathered,
         activations=n_tokens * activation_bytes_per_token(config, recompute or stage.recompute),
         # Hidden states with their gradient; logits, probabilities and gradient of a chunk.

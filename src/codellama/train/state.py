@@ -25,7 +25,6 @@ from torch.distributed.checkpoint import hf_storage, state_dict_loader, state_di
 from torch.distributed.checkpoint.api import CheckpointException
 
 from codellama.artifact import MANIFEST, new_folder, read_manifest, sha256_file, write_manifest
-from codellama.train.optim import Optimizer
 from codellama.train.parallel import ALONE, Layout, from_main
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -49,7 +48,7 @@ class StateWriter:
         self._pending: Future[None] | None = None
 
     def start(
-        self, step: int, model: nn.Module, optimizer: Optimizer, position: dict[str, Any]
+        self, step: int, model: nn.Module, optimizer: torch.optim.AdamW, position: dict[str, Any]
     ) -> None:
         """Begin to write the state behind `step` steps; `position` must not change any more.
 
@@ -104,7 +103,7 @@ class StateWriter:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """What a run has learned so far, by name; parts of tensors where ranks share them."""
     learned = _learned(model)
     tensors = {f"model.{name}": parameter.detach() for name, parameter in learned.items()}
@@ -132,7 +131,7 @@ def _save(tensors: dict[str, Tensor], folder: Path, group: Any) -> None:
 def load_latest_state(
     run_dir: Path,
     model: nn.Module,
-    optimizer: Optimizer | None = None,
+    optimizer: torch.optim.AdamW | None = None,
     layout: Layout = ALONE,
     step: int | None = None,
 ) -> tuple[int, dict[str, Any]] | None:
@@ -184,7 +183,9 @@ def _checksums(folder: Path) -> str:
     return "".join(f"{sha256_file(folder / name)}  {name}\n" for name in names)
 
 
-def _restore(folder: Path, model: nn.Module, optimizer: Optimizer | None, layout: Layout) -> None:
+def _restore(
+    folder: Path, model: nn.Module, optimizer: torch.optim.AdamW | None, layout: Layout
+) -> None:
     """Read what this rank holds of each tensor, however the ranks that wrote it were laid out."""
     reader = hf_storage.HuggingFaceStorageReader(str(folder))
     written = reader.read_metadata().state_dict_metadata
