@@ -36,23 +36,16 @@ def notebook_text(content: bytes) -> str | None:
     return "\n\n".join(parts) + "\n"
 
 
-def parse_python(text: str) -> ast.Module | None:
-    """The tree of a Python file; None where this interpreter does not accept it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
 _COMMENTS = re.compile(r"(?m)(?:^[ \t]*#(?!!)[^\n]*\n){5,}")
 
 
 def docstrings(text: str) -> str:
     """Long docstrings and blocks of comments of a Python file, empty where they are few."""
-    tree = parse_python(text)
-    if tree is None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ""
     parts: list[str] = []
     for node in ast.walk(tree):

@@ -27,13 +27,7 @@ from daft.exceptions import DaftCoreException
 from rich.console import Console
 from rich.progress import Progress
 
-from codellama.artifact import (
-    new_folder,
-    only_process,
-    read_manifest,
-    write_file,
-    write_manifest,
-)
+from codellama.artifact import new_folder, only_process, read_manifest, write_file, write_manifest
 from codellama.data.benchmarks import benchmark_files
 from codellama.data.corpus import KIND, SPLITS
 from codellama.data.data_card import write_card
@@ -42,6 +36,7 @@ from codellama.data.listing import Listing, list_sources
 from codellama.data.repository import write_repositories
 from codellama.data.selection import Selection, Staged, select, write_signatures
 from codellama.data.shuffle import write_shards
+from codellama.data.split import TRAIN
 from codellama.data.staging import VERSION, Settings, stage_json, stage_unit, staged_key
 from codellama.recipe import Benchmarks, Corpus, Recipe, Source
 
@@ -274,11 +269,11 @@ def _build(work: _Work, folder: Path, console: Console) -> dict[str, Any]:
     with console.status("looking for duplicates …"):
         selection = select(work.corpus, work.staged, folder)
     drops = selection.drop_counts()
-    if not selection.n_kept:
+    if not (selection.split >= 0).any():
         counts = ", ".join(f"{reason}: {drop['n']}" for reason, drop in drops.items())
         n_files = selection.n_rows
         raise ValueError(f"the corpus is empty: of {n_files} files none was kept ({counts or '-'})")
-    if not selection.n_train:
+    if not (selection.split == TRAIN).any():
         raise ValueError("corpus.hold_out names every package: nothing is left to train on")
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("writing shards", total=selection.n_rows)

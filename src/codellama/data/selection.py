@@ -64,16 +64,6 @@ class Selection:
         return len(self.split)
 
     @property
-    def n_kept(self) -> int:
-        """Documents of the corpus."""
-        return int((self.split >= 0).sum())
-
-    @property
-    def n_train(self) -> int:
-        """Documents of the corpus that are not held out."""
-        return int((self.split == TRAIN).sum())
-
-    @property
     def kept_bytes(self) -> int:
         """Of text."""
         return int(self.table.column("n_bytes").to_numpy()[self.split >= 0].sum())

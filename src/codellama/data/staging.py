@@ -155,8 +155,11 @@ def _examined(raw: RawDocument, source: Source, settings: Settings) -> Iterator[
     if source.docstrings and language == "python" and result["text"] is not None:
         prose = docstrings(result["text"])
         if prose:
-            about = row | {"path": f"{raw.path}#docstrings", "kind": "code-text"}
-            about["language"] = "text"
+            about = row | {
+                "path": f"{raw.path}#docstrings",
+                "kind": "code-text",
+                "language": "text",
+            }
             yield _judged(about, RawDocument(about["path"], prose.encode()), settings)
 
 
