@@ -37,6 +37,9 @@ HEADER = Path(__file__).with_name("integers.h")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-fopenmp")
 MAX_ROWS = 32  # with more tokens in a pass, the matrix units behind PyTorch are faster
 FEW_ROWS = 4  # up to here the step does without tiles too
+# Weights times two more than the rows: below it a pass is over before two threads have met some
+# fifty times, which took 2 ms (docs/results/engine.md).
+ONE_THREAD_WORK = 80e6
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 INT4 = 3
 _log = logging.getLogger(__name__)
@@ -90,6 +93,7 @@ class NativeStep:
     def __init__(self, library: ctypes.CDLL, model: Transformer, cache: PagedCache) -> None:
         config = model.config
         self._step, self._vocab_size = library.codellama_step, config.vocab_size
+        self._n_params = config.n_params
         self._held: list[object] = []  # what the pointers lead to
         kind = _KINDS[model.model.embed_tokens.weight.dtype]
         layers = (_Layer * config.num_hidden_layers)()
@@ -164,7 +168,9 @@ class NativeStep:
         integers += [table, array("q", wanted)]
         addresses = [x.buffer_info()[0] for x in integers]
         batch = _Batch(len(tokens), len(wanted), width, *addresses, logits.data_ptr())
-        self._step(byref(self._model), byref(batch), c_int(torch.get_num_threads()))
+        is_short = self._n_params * (2 + len(tokens)) < ONE_THREAD_WORK
+        n_threads = 1 if is_short else torch.get_num_threads()
+        self._step(byref(self._model), byref(batch), c_int(n_threads))
         return logits
 
     def _pointer(self, tensor: Tensor) -> int:
