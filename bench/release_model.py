@@ -71,7 +71,6 @@ def card(
             f"| {name} | {counts['n_documents']:,} | {counts['n_bytes'] / 1e6:,.1f} |"
             for name, counts in licences
         ),
-        "optimizer": "Muon and AdamW" if settings.get("optimizer") == "muon" else "AdamW",
         **{name: settings[name] for name in ("fim_rate", "peak_lr")},
         **{name: f"{settings[name]:,}" for name in ("steps", "batch_tokens", "seq_len")},
         "hours": f"{training_s / 3600:.1f}",

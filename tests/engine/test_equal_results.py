@@ -249,11 +249,11 @@ def test_the_compiled_step_computes_what_the_modules_do(dtype, cache_dtype, prec
     for step in steps:
         with torch.inference_mode():
             compiled, plain = (runner.logits(*step) for runner in runners)
-        tolerance = 1e-4 if dtype == torch.float32 and precision == "plain" else 0.08
+        rounded = 0.065 if cache_dtype else 0.06  # a cache in int8 may round the other way too
+        tolerance = 1e-4 if dtype == torch.float32 and precision == "plain" else rounded
         tolerance *= 1 if tolerance < 0.01 else float(plain.abs().max())
         # The rounding of bfloat16; beside integers, a few inputs are rounded the other way.
         share = 0.01 if dtype == torch.float32 else 0.04 if precision == "plain" else 0.06
-        share = max(share, 0.03 if cache_dtype else 0)
         is_few = len(step[0]) <= FEW_ROWS or not has_tiles()
         if precision == "int4" and is_few:  # far more are; the next test is narrower
             share, tolerance = 0.15, 0.2 * float(plain.abs().max())

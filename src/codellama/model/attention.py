@@ -173,11 +173,9 @@ def _per_document_backward(
     results = [x.new_empty(x.shape) for x in flat[1:4]]
     for group in _by_length(document_ids):
         n, length = group.shape
-        of_out, *documents = map(group.take, flat)
-        own = torch.zeros(n * length, 1, 1, dtype=of_out.dtype).index_fill_(0, group.own, 1)
-        documents.insert(
-            0, of_out * own.view(n, 1, length, 1)
-        )  # what was filled in teaches nothing
+        documents = [group.take(x) for x in flat]
+        own = torch.zeros(n * length, dtype=gradient.dtype).index_fill_(0, group.own, 1)
+        documents[0].mul_(own.view(n, 1, length, 1))  # what was filled in teaches nothing
         if may_compile and length <= PRODUCT_TOKENS:
             chunks = zip(*(x.split(PRODUCT_CHUNK // length) for x in documents), strict=True)
             parts = map(torch.cat, zip(*(_products()(*chunk) for chunk in chunks), strict=True))

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from codellama.artifact import MANIFEST, new_folder, read_manifest, sha256_file, write_manifest
 from codellama.train.parallel import ALONE, Layout, from_main
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _SUMS = "SHA256SUMS"
 
 
