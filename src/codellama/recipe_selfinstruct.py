@@ -107,7 +107,7 @@ class SelfInstruct(Section):
     """Where no sample passes, keep the mined function itself; without it, what is kept is
     rejection sampling from the model alone."""
     consensus: bool = False
-    """Choose the solution that most others agree with, by the tests that they pass (CodeT), and
+    """Where a model wrote the tests, choose the solution that most others agree with (CodeT), and
     drop the tests that it fails, instead of the first that passes all."""
     min_tests: Positive = 2
     n_mutants: Positive = 6

@@ -9,10 +9,11 @@ import pytest
 from codellama import sandbox
 from codellama.eval.rows import read_rows
 from codellama.eval.task import Verdict
+from codellama.recipe_selfinstruct import SelfInstruct
 from codellama.selfinstruct import execute as executing
 from codellama.selfinstruct.execute import Job, execute
 from codellama.selfinstruct.python import coverage_program, mutants, parse, stubs
-from codellama.selfinstruct.select import agreed
+from codellama.selfinstruct.select import agreed, check, chosen
 
 SORTED = """
 def insertion(items):
@@ -79,6 +80,40 @@ def test_consensus_equals_brute_force():
         assert agreed(passed, 2) == best
 
 
+def judged(status, *passed):
+    """Runs of one problem with three tests by the tests that each solution passes."""
+    return {
+        f"p#{i}/{test}": {"status": "passed" if test in tests else status}
+        for i, tests in enumerate(passed)
+        for test in range(3)
+    }
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_a_majority_drops_only_tests_of_unknown_quality(verified):
+    """Two solutions agree on two tests, a third passes all."""
+    problem = {"id": "p", "tests": ["a", "b", "c"], "verified": verified, "reference": "it"}
+    settings, runs = SelfInstruct(consensus=True), judged("failed", {0, 1}, {0, 1}, {0, 1, 2})
+    row = chosen(problem, ["wrong", "wrong too", "right"], runs, settings)
+    assert row["solution"] == ("right" if verified else "wrong")
+    assert row["tests"] == (["a", "b", "c"] if verified else ["a", "b"])
+    assert (row["n_passed"], row["pass_rate"]) == (1, 1 / 3)
+    row = chosen(problem, ["wrong", "wrong too"], runs, settings)
+    assert row["solution"] == ("it" if verified else "wrong")
+    assert len(row["tests"]) == (3 if verified else 2)
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [("passed", "the tests accept a stub"), ("error", "a stub was not judged"), ("failed", None)],
+)
+def test_a_stub_that_was_not_judged_may_pass(status, reason):
+    jobs = [Job("p#stub0", "", ""), Job("p#mutant0", "", ""), Job("p#mutant1", "", "")]
+    runs = {"p#stub0": status, "p#mutant0": "failed", "p#mutant1": "error"}
+    check(row := {}, jobs, {key: {"status": status} for key, status in runs.items()})
+    assert (row.get("reason"), row["n_killed"]) == (reason, 1)
+
+
 def test_rows_come_in_order_and_changed_programs_run_again(tmp_path):
     path = tmp_path / "runs.jsonl"
     jobs = [Job(str(i), f"def f(): return {i % 3}", "assert f() == 1") for i in range(12)]
@@ -99,6 +134,27 @@ def test_failures_of_the_sandbox_are_tried_again(monkeypatch):
     left += ["error"] * 9
     assert executing.judge(job, 1.0, executing.Patience())["status"] == "error"
     assert len(left) == 6
+
+
+def test_what_the_sandbox_did_not_judge_runs_again_when_it_goes_on(tmp_path, monkeypatch):
+    path, jobs = tmp_path / "runs.jsonl", [Job(str(i), "", "assert True") for i in range(3)]
+    failing = lambda program, *_: Verdict("passed" if here.pop(0) else "error")  # noqa: E731
+    monkeypatch.setattr(executing, "judge_python", failing)
+    monkeypatch.setattr(executing, "_here", lambda jobs, _: (judge_now(job) for job in jobs))
+    judge_now = lambda job: executing.judge(job, 1.0, executing.Patience())  # noqa: E731
+    here = [True, False, False, False, True]
+    assert [r["status"] for r in execute(jobs, path, 1.0).values()] == ["passed", "error", "passed"]
+    here = [True]
+    assert {r["status"] for r in execute(jobs, path, 1.0).values()} == {"passed"}
+    assert [row["id"] for row in read_rows(path)] == ["0", "1", "2", "1"]
+    execute(jobs, path, 1.0)
+    assert not here
+
+
+def test_a_cluster_without_ray_is_refused_in_words(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"--ray: Ray is not installed; install codellama\[ray\]"):
+        execute([Job("x", "", "")], tmp_path / "runs.jsonl", 1.0, ray="auto")
 
 
 def test_a_cluster_gives_the_same_rows(tmp_path, monkeypatch):

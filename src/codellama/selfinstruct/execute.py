@@ -47,18 +47,19 @@ def execute(
     ray: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Row]:
-    """Run the jobs that the file has no row for; returns the rows of all jobs by key.
+    """Run the jobs that the file has no verdict for; returns the rows of all jobs by key.
 
     Args:
         ray: address of a Ray cluster whose nodes have this package; None is this machine.
 
     Raises:
         NoIsolationError: there is no isolation to run programs in.
+        ValueError: there is no Ray.
     """
     wanted = {job.key: job for job in jobs}
-    # What was run with other programs or tests was not run.
-    done = {r["id"]: r for r in read_rows(path)
-            if r["id"] in wanted and r["sha256"] == wanted[r["id"]].digest()}  # fmt: skip
+    # What was run with other programs or tests, or failed in the sandbox itself, was not run.
+    done = {r["id"]: r for r in read_rows(path) if r["id"] in wanted and r["status"] != "error"
+            and r["sha256"] == wanted[r["id"]].digest()}  # fmt: skip
     missing = [job for key, job in wanted.items() if key not in done]
     if missing:
         rows = _on_cluster(missing, timeout_s, ray) if ray else _here(missing, timeout_s)
@@ -95,11 +96,8 @@ def _run(job: Job, timeout_s: float, patience: Patience) -> Row:
         if verdict.status == "refused":  # not the program's doing: checked before it came here
             raise sandbox.NoIsolationError(verdict.message)
         message = verdict.message.encode("utf-8", "replace").decode()
-        return {
-            "status": verdict.status,
-            "message": message[:300],
-            "cpu_s": round(verdict.cpu_s, 3),
-        }
+        cpu_s = round(verdict.cpu_s, 3)
+        return {"status": verdict.status, "message": message[:300], "cpu_s": cpu_s}
     cpu_s = timeout_s * patience.cpu
     outcome = sandbox.run(job.program, cpu_s=cpu_s, timeout_s=cpu_s * patience.wall)
     return {
@@ -119,8 +117,10 @@ def _last_value(text: str) -> Any:
 
 def _on_cluster(jobs: list[Job], timeout_s: float, address: str) -> Iterator[Row]:
     """The same on all nodes of a Ray cluster, in order."""
-    import ray  # type: ignore[import-not-found]
-
+    try:
+        import ray  # type: ignore[import-not-found]
+    except ImportError:
+        raise ValueError("--ray: Ray is not installed; install codellama[ray]") from None
     ray.init(address=address, ignore_reinit_error=True)
     judge_batch = ray.remote(num_cpus=1, max_retries=3)(_judge_batch)
     batches = [jobs[begin : begin + BATCH] for begin in range(0, len(jobs), BATCH)]

@@ -46,15 +46,10 @@ def measure(
     name = path.parent.name if path.name == "checkpoint" else path.name  # runs/STAGE/checkpoint
     model = {"name": name, "sha256": fingerprint(path), "chat": chat}
     folder = run.folder / "measured" / f"{name}-{'chat' if chat else 'code'}"
-    return [_measured(run, task, n, folder, generator, model) for task, n in tasks]
-
-
-def _measured(
-    run: Run, task: Task, n: int, folder: Path, generator: Any, model: dict[str, Any]
-) -> dict[str, Any]:
-    place = folder / task.name
-    path, decoding = place / "samples.jsonl", Decoding.of(task, n)
-    settings = sample(generator, task, path, decoding, model)
-    result = score(task, read_samples(path, task)) | {"settings": settings}
-    write_file(place / "results.json", json.dumps(result, indent=1) + "\n")
-    return result
+    results = []
+    for task, n_samples in tasks:
+        path = folder / task.name / "samples.jsonl"
+        settings = sample(generator, task, path, Decoding.of(task, n_samples), model)
+        results.append(score(task, read_samples(path, task)) | {"settings": settings})
+        write_file(path.with_name("results.json"), json.dumps(results[-1], indent=1) + "\n")
+    return results

@@ -41,6 +41,7 @@ MIN_PROSE_WORDS = 4
 _HEADINGS = (
     "parameters|args|arguments|returns?|examples?|notes?|raises|see also|yields|references|usage"
 )
+_TEST_FILE = re.compile(r"(?:^|/)(?:tests?|testing)/|(?:^|/)test_|_test\.py$")
 _SECTION = re.compile(
     r"^\s*(?:>>>|\.\. |[:@](?:param|arg|return|raises|type)"
     rf"|(?:{_HEADINGS}|doctests?)\s*(?::|\n\s*[-=~]{{3}}|$))",
@@ -105,7 +106,7 @@ def mine_package(
 
     untested: keep functions with too few tests apart, too, for observe.py.
     """
-    test_files = {path: text for path, text in files.items() if _is_test(path)}
+    test_files = {path: text for path, text in files.items() if _TEST_FILE.search(path)}
     called = {name for text in test_files.values() for name in re.findall(r"(\w+)\(", text)}
     functions: list[_Function] = []
     for path in sorted(files.keys() - test_files.keys()):
@@ -134,10 +135,6 @@ def mine_package(
             without.append({"id": task_id, "source": "observed", **problem})
     found = {"problems": problems, "rejects": rejects, "n_documented": len(functions)}
     return found | {"untested": without} if untested else found
-
-
-def _is_test(path: str) -> bool:
-    return bool(re.search(r"(?:^|/)(?:tests?|testing)/|(?:^|/)test_|_test\.py$", path))
 
 
 def _documented(path: str, text: str) -> Iterator[_Function]:

@@ -8,6 +8,7 @@ passes goes: so a function that ignores what it is given, or needs what nobody d
 from __future__ import annotations
 
 import ast
+from contextlib import suppress
 from typing import Any
 
 from codellama.eval.rows import Row
@@ -90,20 +91,12 @@ def observed_tests(problem: Row, seen: dict[str, Row]) -> Row:
 
 def _read(value: Any) -> list[tuple[str, str]]:
     """What the program printed, where it has the form that it should; the function could print."""
-    pairs = value if isinstance(value, list) else []
-    return [
-        (pair[0], pair[1])
-        for pair in pairs
-        if isinstance(pair, list) and len(pair) == 2 and all(map(_is_plain, pair))
-    ]
-
-
-def _is_plain(text: Any) -> bool:
-    try:
-        ast.literal_eval(text if isinstance(text, str) else "?")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+    found = []
+    for pair in value if isinstance(value, list) else ():
+        with suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+            if isinstance(pair, list) and len([*map(ast.literal_eval, pair)]) == 2:
+                found.append((pair[0], pair[1]))
+    return found
 
 
 def _n_arguments(head: str) -> int:

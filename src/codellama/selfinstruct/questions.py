@@ -1,7 +1,8 @@
 """Questions: those a model writes in batches, those of instruction sets, and which of all stay.
 
-A batch is asked for in the form of the paper's figure 10: ten examples stand as the beginning of
-the answer. They are drawn anew for each batch from a list of our own.
+A batch is asked for as in the paper's figure 10, with ten examples as the beginning of the answer,
+drawn anew from a list of our own. There the model goes on with that answer; here a second turn asks
+it to, for a server of dialogs ends each answer.
 
 In: answers of the model, mined problems, files of instructions. Out: questions, and rejects with
 their reasons.

@@ -18,6 +18,7 @@ from codellama.eval.scoring import MAX_ERROR_SHARE
 from codellama.selfinstruct.python import parse
 from codellama.selfinstruct.steps import Run
 
+_TWICE = ("duplicate", "like ")
 _BANDS = ((0.0, "none passes"), (0.1, "up to 10%"), (0.5, "up to 50%"), (1.0, "above 50%"))
 
 
@@ -29,19 +30,20 @@ def report(run: Run) -> dict[str, Any]:
     """
     names = ("mined", "batches", "questions", "tests", "problems", "held_out", "solutions")
     rows = {name: run.rows(name) for name in (*names, "verified", "timing")}
-    runs = {name: run.rows(name) for name in ("observed", "references", "runs", "checks")}
-    executed = [row for each in runs.values() for row in each]
-    n_errors = sum(row["status"] == "error" for row in executed)
+    written = {name: run.rows(name) for name in ("observed", "references", "runs", "checks")}
+    # Of a program that was run again, after a failure or with other tests, the last.
+    runs = {name: {row["id"]: row for row in each} for name, each in written.items()}
+    executed = [row for each in written.values() for row in each]
+    n_errors = sum(row["status"] == "error" for each in runs.values() for row in each.values())
     if n_errors > MAX_ERROR_SHARE * len(executed):
         raise ValueError(
             f"no report: the sandbox failed in {n_errors} of {len(executed)} runs "
             f"(at most {MAX_ERROR_SHARE:.1%} are accepted)"
         )
-    verified = rows["verified"]
-    rejects = {
-        f: run.rows(f"{f}.rejects") for f in ("questions", "imported", "problems", "verified")
-    }
+    verified, names = rows["verified"], ("questions", "imported", "problems", "verified")
+    rejects = {name: run.rows(f"{name}.rejects") for name in names}
     rates = [row["pass_rate"] for row in (*verified, *rejects["verified"]) if row.get("n_samples")]
+    twice = [row for row in rejects["questions"] if row["reason"].startswith(_TWICE)]
     trigrams = [gram for row in verified for gram in _trigrams(row["question"])]
     seconds: Counter[str] = Counter()
     for row in rows["timing"]:
@@ -52,6 +54,7 @@ def report(run: Run) -> dict[str, Any]:
             "mined problems": sum(len(row["problems"]) for row in rows["mined"]),
             "functions observed": len(runs["observed"]),
             "batches of questions written": len(rows["batches"]),
+            "questions collected": len(rows["questions"]) + len(twice),
             "questions that differ": len(rows["questions"]),
             "sets of tests written": len(rows["tests"]),
             "problems held out": len(rows["held_out"]),
@@ -60,12 +63,12 @@ def report(run: Run) -> dict[str, Any]:
             "problems with a solution that passes": len(verified),
             "of them by the model": sum(row["by"] != "reference" for row in verified),
             "programs executed": len(executed),
+            "not judged, for the sandbox failed": n_errors,
         },
         "rejects": {"mined": _reasons(why for row in rows["mined"] for _, why in row["rejects"])}
         | {name: _reasons(row["reason"] for row in found) for name, found in rejects.items()},
         "verdicts": {
-            # Of a program that was run again, with other tests, the last.
-            name: dict(Counter({row["id"]: row["status"] for row in each}.values()))
+            name: dict(Counter(row["status"] for row in each.values()))
             for name, each in runs.items()
         },
         "difficulty": dict(
@@ -73,9 +76,11 @@ def report(run: Run) -> dict[str, Any]:
         ),
         "tests": {
             "mean number": _mean(len(row["tests"]) for row in verified),
-            "coverage of the solution": _mean(row["coverage"] for row in verified),
-            "mutants noticed": _mean(row["n_killed"] / row["n_mutants"] for row in verified),
+            # Of the program that they were checked with: the mined function where there is one.
+            "coverage of what they were checked with": _mean(row["coverage"] for row in verified),
+            "of its mutants noticed": _mean(row["n_killed"] / row["n_mutants"] for row in verified),
         },
+        "measured": _measured(run),
         "diversity": {
             "distinct trigrams of questions": round(len({*trigrams}) / max(1, len(trigrams)), 3),
             "distinct function names": len({row["name"] for row in verified}),
@@ -104,7 +109,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = _table("step", result["funnel"])
     for name, reasons in result["rejects"].items():
         lines += _table(f"{name}: rejected because", reasons) if reasons else []
-    for name in ("verdicts", "difficulty", "tests", "diversity", "cost"):
+    for name in ("verdicts", "difficulty", "tests", "measured", "diversity", "cost"):
         lines += _table(name, result[name])
     for row in result["examples"]:
         program = "\n".join([row["solution"].strip(), "", *row["tests"]])
@@ -137,6 +142,20 @@ def _reasons(reasons: Iterable[str]) -> dict[str, int]:
     """Counts, without names and ids, which would make each reason another."""
     plain = (re.sub(r"'[^']*'", "…", re.sub(r"^like .*", "like another", r)) for r in reasons)
     return dict(Counter(plain).most_common(12))
+
+
+def _measured(run: Run) -> dict[str, dict[str, float]]:
+    """What checkpoints passed and refused, by name and task; of XSTest apart what is safe."""
+    found: dict[str, dict[str, float]] = {}
+    for path in sorted(run.folder.glob("measured/*/*/results.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        parts = {"": result["metrics"]} | (result["groups"] if result["task"] == "xstest" else {})
+        found[f"{path.parts[-3]}, {result['task']}"] = {
+            f"{metric} {part}".strip(): round(value["value"], 3)
+            for part, metrics in parts.items()
+            for metric, value in metrics.items()
+        }
+    return found
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

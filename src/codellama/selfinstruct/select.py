@@ -19,14 +19,10 @@ REFERENCE = "reference"
 
 def solution_jobs(problem: Row, solutions: Sequence[str], each_test: bool) -> list[Job]:
     """All tests of a problem on each solution; or each test by itself, for the consensus."""
-    jobs = []
-    for number, solution in enumerate(solutions):
-        key = f"{problem['id']}#{number}"
-        if each_test:
-            jobs += [Job(f"{key}/{i}", solution, t) for i, t in enumerate(problem["tests"])]
-        else:
-            jobs.append(Job(key, solution, "\n".join(problem["tests"])))
-    return jobs
+    parts = {f"/{i}": test for i, test in enumerate(problem["tests"])}
+    parts = parts if each_test else {"": "\n".join(problem["tests"])}
+    keyed = [(f"{problem['id']}#{i}", solution) for i, solution in enumerate(solutions)]
+    return [Job(key + part, program, t) for key, program in keyed for part, t in parts.items()]
 
 
 def passed_tests(problem: Row, n: int, runs: Mapping[str, Row]) -> list[frozenset[int]]:
@@ -55,18 +51,16 @@ def agreed(passed: Sequence[frozenset[int]], min_tests: int) -> tuple[int, froze
 def check_jobs(problem: Row, n_mutants: int) -> list[Job]:
     """Programs that the tests must not accept, and one that measures what they cover."""
     tests, key = "\n".join(problem["tests"]), problem["id"]
-    jobs = [
-        Job(f"{key}#stub{i}", s, tests)
-        for i, s in enumerate(stubs(problem["name"], problem["tests"]))
-    ]
+    ignorant = stubs(problem["name"], problem["tests"])
     changed = mutants(problem["solution"], n_mutants)
+    jobs = [Job(f"{key}#stub{i}", program, tests) for i, program in enumerate(ignorant)]
     jobs += [Job(f"{key}#mutant{i}", program, tests) for i, program in enumerate(changed)]
     program = coverage_program(problem["solution"], problem["tests"])
     return [*jobs, Job(f"{key}#coverage", program, None)]
 
 
 def check(row: Row, jobs: Sequence[Job], runs: Mapping[str, Row]) -> None:
-    """Note in a problem what the check found; a `reason` where its tests are vacuous."""
+    """Note in a problem what the check found; a `reason` where its tests may be vacuous."""
     killed: list[bool] = []
     for job in jobs:
         kind, run = job.key.rpartition("#")[2], runs[job.key]
@@ -76,8 +70,9 @@ def check(row: Row, jobs: Sequence[Job], runs: Mapping[str, Row]) -> None:
             row["coverage"] = round(share, 3) if is_share else None
         elif kind.startswith("mutant"):
             killed.append(run["status"] not in ("passed", "error"))
-        elif run["status"] == "passed":
-            row["reason"] = "the tests accept a stub"
+        elif run["status"] in ("passed", "error"):  # what was not judged may pass
+            was_judged = run["status"] == "passed"
+            row["reason"] = "the tests accept a stub" if was_judged else "a stub was not judged"
     row |= {"n_mutants": len(killed), "n_killed": sum(killed)}
     if not any(killed):
         row.setdefault("reason", "the tests notice no mutant")
@@ -88,22 +83,22 @@ def chosen(
 ) -> Row:
     """The problem with the solution to keep, or with a `reason` why there is none.
 
-    `pass_rate`, of the samples, says how difficult it is. The mined function stands in where the
-    recipe lets it.
+    `pass_rate`, of the samples, says how difficult it is. Tests that hold for a mined function are
+    true, whoever fails them: there is nothing to agree on. It stands in where the recipe lets it.
     """
     n = len(solutions)
-    row, number = dict(problem), None
+    row = dict(problem)
     if settings.consensus:
         passed = passed_tests(problem, n, runs)
-        row["n_passed"] = sum(len(tests) == len(problem["tests"]) for tests in passed)
-        if best := agreed(passed, settings.min_tests):
-            number = best[0]
-            row["tests"] = [problem["tests"][i] for i in sorted(best[1])]
+        passes = [i for i, tests in enumerate(passed) if len(tests) == len(problem["tests"])]
     else:
+        passed = []
         passes = [i for i in range(n) if runs[f"{problem['id']}#{i}"]["status"] == "passed"]
-        row["n_passed"] = len(passes)
-        number = passes[0] if passes else None  # the first (paper 2.5)
-    row |= {"n_samples": n, "pass_rate": row["n_passed"] / n if n else None}
+    number = passes[0] if passes else None  # the first (paper 2.5)
+    if passed and not problem.get("verified"):
+        number, held = agreed(passed, settings.min_tests) or (None, ())
+        row["tests"] = [problem["tests"][i] for i in sorted(held)] or problem["tests"]
+    row |= {"n_samples": n, "n_passed": len(passes), "pass_rate": len(passes) / n if n else None}
     if number is not None:
         return row | {"solution": solutions[number], "by": number}
     if problem.get("verified") and settings.references:
