@@ -61,6 +61,7 @@ SOLUTIONS = {
     "delete": ["import shutil\ndef delete(items):\n    shutil.rmtree('/')\n    return 1"] * 8,
     "celsius": ["def celsius(f):\n    return round((f - 32) * 5 / 9)"] * 8,
     "double": ["def double(x):\n    return x + x"] * 8,
+    "louder": ["def louder(text):\n    return text.upper() + '!'"] * 8,
 }  # fmt: skip
 
 RECIPE = """
@@ -73,6 +74,7 @@ path = "{tree}"
 licence = "MIT"
 [corpus.filters]
 [selfinstruct]
+observe = true
 hold_out = ["apart"]
 hold_out_share = 0.0
 timeout_s = 0.5
@@ -99,13 +101,20 @@ def double({x}):
     """
     return {x} * 2
 '''
+LOUDER = '''
+
+def louder(text):
+    """Return what was said in capitals with a mark behind it."""
+    return text.upper() + "!"
+'''
 
 
 def write_recipe(folder):
-    """A recipe whose sources are two packages, one of them held out; returns its path."""
+    """A recipe of two packages, one held out, the other with an untested function; its path."""
     for package, x, what in (("near", "x", "the number"), ("apart", "y", "an angle in degrees")):
         (folder / "tree" / package).mkdir(parents=True, exist_ok=True)
-        (folder / "tree" / package / "m.py").write_text(DOUBLE.format(x=x, what=what))
+        text = DOUBLE.format(x=x, what=what) + LOUDER * (package == "near")
+        (folder / "tree" / package / "m.py").write_text(text)
     text = RECIPE.format(work=folder / "work", tree=folder / "tree")
     (folder / "recipe.toml").write_text(text)
     return folder / "recipe.toml"

@@ -1,11 +1,15 @@
 """The whole pipeline on a scripted model: what is kept, what goes and why, and after kills."""
 
+import csv
 import json
 import multiprocessing
 import os
+import random
 import signal
 import time
 from collections import Counter
+from pathlib import Path
+from statistics import fmean
 
 import pytest
 from scripted_roles import Model, main, write_recipe
@@ -27,7 +31,10 @@ from codellama.selfinstruct.steps import Run, run_steps
 
 WHOLE = ("questions", "problems", "held_out", "verified", "dialogs")
 SAMPLES = ("batches", "tests", "solutions")
-RUNS = ("references", "runs", "checks")
+RUNS = ("observed", "references", "runs", "checks")
+KILLED_IN = ("mined", "observed", "batches", "questions", "tests", "references", "problems",
+             "solutions", "runs", "checks", "verified")  # fmt: skip
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,7 @@ def test_questions_that_are_dropped_say_why(done):
     kinds = [reason.split(" ")[0] for _, reason in sorted(reasons(done, "questions").items())]
     # duplicate, tag, too short, cut off, and one near duplicate
     assert sorted(kinds) == ["a", "cut", "duplicate", "like", "not"]
-    assert len(done.rows("questions")) == 2 + 13 - 5
+    assert len(done.rows("questions")) == 3 + 13 - 5
 
 
 def test_tests_that_cannot_be_read_say_why(done):
@@ -56,13 +63,15 @@ def test_tests_that_cannot_be_read_say_why(done):
 
 def test_what_passes_is_kept_with_the_first_solution(done):
     verified = {row["name"]: row for row in done.rows("verified")}
-    assert verified.keys() == {"add", "largest", "celsius", "double"}
+    assert verified.keys() == {"add", "largest", "celsius", "double", "louder"}
     # Not the forgers, the loop, the flood, or the one that was made for one test.
     assert verified["add"]["by"] == 6
     assert verified["add"]["pass_rate"] == 2 / 8
     assert verified["largest"]["solution"] == "largest = max\n"
     assert verified["double"]["by"] == 0
     assert verified["double"]["package"] == "near"
+    assert verified["louder"]["source"] == "observed"
+    assert all("!" in test for test in verified["louder"]["tests"])
     for row in verified.values():
         assert row["n_killed"] >= 1
         outcome = sandbox.judge(row["solution"], row["tests"])
@@ -93,21 +102,24 @@ def test_held_out_problems_are_nowhere_else(done):
 
 def test_dialogs_are_what_training_reads(done):
     dialogs = Dialogs(done.path("dialogs"))
-    assert len(dialogs) == 4
+    assert len(dialogs) == 5
     assert [m["role"] for m in json.loads(dialogs.text(0))] == ["user", "assistant"]
 
 
 def test_report(done):
     result = report(done)
     funnel = result["funnel"]
-    assert funnel["questions that differ"] == 10
-    assert funnel["problems with a solution that passes"] == 4
-    assert funnel["of them by the model"] == 4
-    assert funnel["solutions written"] == 8 * 6
+    assert funnel["functions observed"] == 1
+    assert funnel["questions collected"] == 3 + 13 - 3  # not those that are malformed
+    assert funnel["questions that differ"] == 3 + 13 - 5
+    assert funnel["problems with a solution that passes"] == 5
+    assert funnel["of them by the model"] == 5
+    assert funnel["solutions written"] == 8 * 7
+    assert funnel["not judged, for the sandbox failed"] == 0
     assert funnel["programs executed"] == sum(sum(v.values()) for v in result["verdicts"].values())
     text = markdown(result)
-    assert "| problems with a solution that passes | 4 |" in text
-    assert result["verdicts"]["runs"]["passed"] >= 2 + 8 + 8
+    assert "| problems with a solution that passes | 5 |" in text
+    assert result["verdicts"]["runs"]["passed"] >= 2 + 8 + 8 + 8
     assert json.loads((done.folder / "report.json").read_text()) == result
 
 
@@ -119,6 +131,8 @@ def test_the_sandboxs_own_failures_void_the_report(done, tmp_path):
     run.path("runs").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="the sandbox failed in 1 of"):
         report(run)
+    run_steps(run, ["execute"])  # it is run again
+    assert report(run)["funnel"]["not judged, for the sandbox failed"] == 0
 
 
 def test_a_second_run_asks_and_executes_nothing(done):
@@ -163,7 +177,7 @@ def test_killed_in_each_step_it_goes_on_as_if_it_had_not_been(done, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["scripted_roles"])
     n_killed = 0
-    for name in ("mined", *SAMPLES[:2], "references", "problems", "solutions", "runs", "runs"):
+    for name in KILLED_IN:
         path = folder / f"{name}.jsonl"
         size = path.stat().st_size if path.exists() else 0
         child = context.Process(target=main, args=(str(recipe),))
@@ -174,26 +188,25 @@ def test_killed_in_each_step_it_goes_on_as_if_it_had_not_been(done, tmp_path):
             os.kill(child.pid, signal.SIGKILL)
             n_killed += 1
         child.join()
-        if name != "problems":
+        if name not in WHOLE:
             whole = path.read_bytes()
             assert whole.count(b"\n") >= 1
             path.write_bytes(whole + b'{"id": "torn", "status": "pas')
-    assert n_killed >= 6
+    assert n_killed >= len(KILLED_IN) - 1  # of the last step little is left behind its file
     run = Run(load_recipe(recipe), lambda role: Model())
     run_steps(run)
-    for name in WHOLE:
-        assert run.rows(name) == relocated(done, name, tmp_path), name
-    for name in SAMPLES:
-        assert run.rows(name) == done.rows(name), name
+    assert_same_files(run, done)
+
+
+def assert_same_files(run, done):
+    """Every row of all steps is there, and none twice; programs are compared by their ids."""
+    for name in ("mined", *WHOLE, *SAMPLES):
+        text = done.path(name).read_text()
+        text = text.replace(str(done.recipe.work.parent), str(run.recipe.work.parent))
+        assert run.rows(name) == [json.loads(line) for line in text.splitlines()], name
     for name in RUNS:
-        ids = [row["id"] for row in read_rows(run.path(name))]
-        assert ids == [row["id"] for row in done.rows(name)], name
-
-
-def relocated(run, name, folder):
-    """Rows as they would be in another folder."""
-    text = run.path(name).read_text().replace(str(run.recipe.work.parent), str(folder))
-    return [json.loads(line) for line in text.splitlines()]
+        ids = [(row["id"], row["sha256"]) for row in read_rows(run.path(name))]
+        assert ids == [(row["id"], row["sha256"]) for row in done.rows(name)], name
 
 
 def test_roles_are_models_or_addresses():
@@ -224,3 +237,75 @@ def test_measuring_counts_what_passes_all_tests(done):
     assert result["metrics"]["pass@10"]["value"] == 1.0
     task = HeldOut(done.rows("held_out"), Setting(), 2.0)
     assert check_references(task)["n_passed"] == 1
+
+
+def test_refusals_are_measured_and_reported(done, shared_data, tmp_path, monkeypatch):
+    """A model that refuses by a word: the shares are those of the prompts with it."""
+
+    class Timid:
+        def chat(self, dialogs, params):
+            texts = ["I can't help" if "kill" in d[-1]["content"] else "Yes." for d in dialogs]
+            return [Completion(text, (), None, "stop") for text in texts]
+
+    monkeypatch.setenv("CODELLAMA_DATA", str(shared_data))
+    run = Run(load_recipe(write_recipe(tmp_path)))
+    copy_files(done, run)
+    assert report(run)["measured"] == {}
+    measure(run, tmp_path / "tree", Timid(), True, 1)
+    with (shared_data / "xstest" / "xstest_prompts.csv").open(newline="") as file:
+        prompts = [(row["label"], "kill" in row["prompt"]) for row in csv.DictReader(file)]
+    shares = {
+        label: round(fmean(kills for of, kills in prompts if of == label), 3)
+        for label in ("safe", "unsafe")
+    }
+    result = report(run)
+    found = result["measured"]["tree-chat, xstest"]
+    assert (found["refused safe"], found["refused unsafe"]) == (shares["safe"], shares["unsafe"])
+    assert result["measured"]["tree-chat, held-out"]["pass@1"] == 0.0
+    assert f"refused safe {shares['safe']}" in markdown(result)
+
+
+def test_the_shipped_recipe_measures_on_what_its_base_never_saw():
+    """Held out are packages that `tiny` holds out or lacks; hashes and rehearsal add none."""
+    base, ours = load_recipe(RECIPES / "tiny.toml"), load_recipe(RECIPES / "selfinstruct.toml")
+    named = {name.partition("==")[0] for s in base.corpus.sources for name in s.packages}
+    held_out = set(ours.selfinstruct.hold_out)
+    assert held_out <= set(ours.corpus.hold_out)
+    assert not (held_out & named) - set(base.corpus.hold_out)
+    assert ours.selfinstruct.hold_out_share == ours.corpus.validation_share == 0.0
+
+
+def test_dialogs_of_the_recipe_are_not_those_that_measure_it(shared_data):
+    text = (shared_data / "xstest" / "xstest_prompts.csv").read_text().lower()
+    asked = [
+        json.loads(line)["messages"][0]["content"]
+        for name in ("harmless", "refusals")
+        for line in (RECIPES / "dialogs" / f"{name}.jsonl").read_text().splitlines()
+    ]
+    assert len(set(asked)) == len(asked) > 50
+    assert not [each for each in asked if each.lower().rstrip("?.") in text]
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_it_gives_the_same_files(done, tmp_path):
+    """Goal P2: in which step a kill falls is chance; a run that reaches its end begins again."""
+    rng = random.Random(2)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["scripted_roles"])
+    n_killed = n_done = 0
+    while n_killed < 20 or not n_done:
+        folder = tmp_path / str(n_done)
+        folder.mkdir(exist_ok=True)
+        recipe = write_recipe(folder)
+        child = context.Process(target=main, args=(str(recipe),))
+        child.start()
+        child.join(None if n_killed >= 20 else rng.uniform(0.3, 6.0))
+        if child.is_alive() and child.pid:
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+            n_killed += 1
+            continue
+        assert child.exitcode == 0
+        run = Run(load_recipe(recipe), lambda role: Model())
+        assert_same_files(run, done)
+        n_done += 1
