@@ -11,7 +11,7 @@ from codellama.artifact import only_process
 from codellama.cli import run_command
 from codellama.eval import harness
 from codellama.eval.compare import as_lines, compare
-from codellama.eval.report import figures, table_rows
+from codellama.eval.report import _abridged, _cells, figures, table_rows
 from codellama.eval.sampling import Decoding
 from codellama.eval.tasks import PAPER_SUITE, Setting, multipl_e
 
@@ -73,7 +73,7 @@ def test_the_paper_beside_ours(tmp_path):
             "task": "humaneval",
             "metrics": {f"pass@{k}": {"value": v, "low": v, "high": v} for k, v in at.items()},
             "groups": {}, "n_scored": 164, "n_problems": 164, "n_errors": 0, "problems": [],
-            "settings": {"model": MODEL, "temperature": t, "n": 200},
+            "settings": {"model": MODEL, "temperature": t, "n": 200}, "protocol": "zero-shot",
         }
         for t, at in (
             (0.0, {1: 0.2}),
@@ -86,10 +86,45 @@ def test_the_paper_beside_ours(tmp_path):
     assert [rows[f"pass@{k}"]["temperature"] for k in (1, 10, 100)] == [0.0, 0.8, 0.8]
     assert [rows[f"pass@{k}"]["paper"] for k in (1, 10, 100)] == [33.5, 59.6, 85.9]
     assert rows["pass@1"]["others"]["GPT-4"] == 67.0
+    assert [cells[-1].split("; ")[0] for cells in map(_cells, rows.values())] == ["zero-shot"] * 3
     drawn = figures(results)
     assert len(drawn) == 2
     for figure in drawn:
         ElementTree.fromstring(figure)
+
+
+def paper_cells(task, metric, group="", **model):
+    """The number of the paper, whose it is, and those of others, beside one result."""
+    at = {metric: {"value": 0.5, "low": 0.4, "high": 0.6}}
+    result = {"task": task, "protocol": "as it is", "metrics": at, "groups": {group: at},
+              "n_scored": 3, "n_problems": 3, "n_errors": 0, "problems": [],
+              "settings": {"model": {**MODEL, **model}, "temperature": 0.0, "n": 1}}  # fmt: skip
+    row = table_rows([result])[-1]
+    return row["paper"], row["paper_model"], len(row["others"])
+
+
+def test_the_paper_only_beside_what_it_measured():
+    chat = {"is_instruct": True, "chat": True}
+    assert paper_cells("humaneval", "pass@1") == (33.5, "7b", 6)
+    assert paper_cells("humaneval", "pass@1", name="Ours-Python") == (38.4, "7b-python", 6)
+    assert paper_cells("humaneval", "pass@1", n_parameters=30e9, **chat)[:2] == (
+        41.5, "34b-instruct")  # fmt: skip
+    assert paper_cells("mbpp", "pass@1") == (41.4, "7b", 5)
+    assert paper_cells("mbpp", "pass@1", **chat) == (None, None, 0)  # without its examples
+    assert paper_cells("apps", "pass@5", "interview") == (None, None, 0)
+    assert paper_cells("docstrings", "bleu") == (None, None, 0)
+    assert paper_cells("toxigen", "toxic") == (None, None, 0)
+
+
+def test_the_page_holds_some_of_many_problems(shared_data, tmp_path):
+    run(tmp_path, shared_data, lambda *_: "x", ("multipl-e-infilling-psm",))
+    data = re.search(r"const results = (.*);\n", (tmp_path / "report.html").read_text())
+    (task,) = json.loads(data[1])
+    assert task["name"] == "multipl-e-infilling-psm · T 0 (200 of 4792)"
+    assert len(task["problems"]) == 200
+    assert {problem["group"] for problem in task["problems"]} == {"java", "js", "py"}
+    assert all(problem["prompt"] for problem in task["problems"])
+    assert _abridged("x" * 9000) == f"{'x' * 4000}\n… 1000 characters left out …\n{'x' * 4000}"
 
 
 def test_settings_of_the_paper():

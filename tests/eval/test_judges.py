@@ -34,6 +34,14 @@ def server():
     web.server_close()
 
 
+def test_vader_judges_sentiment(shared_data):
+    pytest.importorskip("vaderSentiment")
+    task = make_task("bold", Setting(shared_data, judges=judges_for(None, "")))
+    kind, cruel = (" was kind and loved by all.", " was cruel and hated by all.")
+    values = [task.check(task.problems()[0], text).values["sentiment"] for text in (kind, cruel)]
+    assert values[0] > 0.3 > values[1]
+
+
 def test_an_endpoint_judges(server, monkeypatch, shared_data):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     url = f"http://127.0.0.1:{server.server_port}"

@@ -75,6 +75,34 @@ def test_the_published_example(shared_data):
     assert scoring.score(task, samples)["metrics"]["pass@1"]["value"] == pytest.approx(0.5)
 
 
+def test_what_says_how_far_verdicts_can_be_trusted(shared_data):
+    """Isolation, shared processes, objects and repeats stand beside every score."""
+    task = make_task("apps", Setting(shared_data))
+    problem = next(p for p in task.problems() if "fn_name" not in p.row["input_output"])
+    answers = [Sample(problem.task_id, task.reference(problem), 0), Sample(problem.task_id, "x", 1)]
+    result = scoring.score(task, answers)
+    assert result["isolation"] == {"namespaces": 2}
+    assert set(result["trust"]) == {"in_process", "used_objects", "n_calls", "n_retries"}
+    samples = result["problems"][0]["samples"]
+    assert [s["status"] for s in samples] == ["passed", "failed"]
+    assert {s["mode"] for s in samples} == {"namespaces"}
+    humaneval = make_task("humaneval", Setting(shared_data))
+    first = humaneval.problems()[0]
+    result = scoring.score(humaneval, [Sample(first.task_id, humaneval.reference(first), 0)])
+    assert result["trust"]["n_calls"] >= 7
+    assert not result["trust"]["in_process"]
+
+
+def test_objects_that_the_setup_of_mbpp_makes(shared_data):
+    """It builds trees of the candidate's own class, so that it cannot stand before it."""
+    task = make_task("mbpp", Setting(shared_data))
+    for problem in task.all_problems:
+        if problem.row["test_setup_code"]:
+            verdict = task.check(problem, task.reference(problem))
+            assert verdict.status == "passed", (problem.task_id, verdict.message)
+            assert verdict.trust["used_objects"]
+
+
 def broken(task):
     """A mix of answers: right, wrong, broken, forged, slow and too large."""
     made = [

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from codellama.eval.tasks import PAPER_SUITE, TASKS, Setting, make_task
+from codellama.eval.task import Problem
+from codellama.eval.tasks import PAPER_SUITE, TASKS, Setting, make_task, python
 from codellama.eval.tasks.context import KeyRetrieval, PerplexityByPosition
 from codellama.eval.tasks.language import Gsm8k, TruthfulQaChoice, XsTest
 
@@ -60,6 +61,44 @@ SUMS = {
     "sh": "    echo $(( $1 * ($1 + 1) / 2 ))\n",
     "ts": "  return n * (n + 1) / 2;\n}\n",
 }
+
+
+EXITS = {
+    "cpp": "std::exit(0);\n",
+    "cs": "System.Environment.Exit(0); return 0L;\n",
+    "java": "System.exit(0); return 0L;\n",
+    "js": "process.exit(0);\n}\n",
+    "php": "exit(0);\n}\n",
+    "sh": "echo $1\n}\nexit 0\nother() {\n",  # the tests call it in a shell of its own
+    "ts": "(globalThis as any).process.exit(0); return 0;\n}\n",
+}
+
+
+@pytest.mark.parametrize("language", SUMS)
+def test_an_early_exit_is_no_pass(shared_data, language):
+    """It ends with 0, as a program does whose tests held."""
+    task = make_task(f"multipl-e-{language}", Setting(shared_data))
+    if reason := task.unavailable():
+        pytest.skip(reason)
+    (problem,) = (p for p in task.problems() if p.task_id.startswith("HumanEval_60_"))
+    verdict = task.check(problem, EXITS[language])
+    assert (verdict.status, verdict.message) == ("failed", "ended before its tests did")
+    assert verdict.values["pass"] == 0
+    assert verdict.trust["in_process"]
+
+
+def test_an_early_exit_is_no_pass_of_ds1000(shared_data, monkeypatch):
+    monkeypatch.setattr(python, "missing_modules", lambda names: "")
+    task = make_task("ds1000", Setting(shared_data))
+    tests = (
+        "def test_execution(answer):\n    exec(answer, given := {})\n    assert given['x'] == 1\n"
+    )
+    row = {**task.problems()[0].row, "code_context": tests}
+    problem = Problem("DS-1000/0", row, "Pandas")
+    texts = ("x = 1", "x = 2", "raise SystemExit(0)", "import os\nos._exit(0)")
+    verdicts = [task.check(problem, text) for text in texts]
+    assert [verdict.status for verdict in verdicts] == ["passed", *["failed"] * 3]
+    assert verdicts[3].message == "ended before its tests did"
 
 
 @pytest.mark.parametrize("language", SUMS)
@@ -184,4 +223,4 @@ def test_perplexity_without_files_of_ones_own(shared_data):
 
 def test_bold_says_what_is_missing(shared_data):
     task = make_task("bold", Setting(shared_data))
-    assert "vaderSentiment" in task.check(task.problems()[0], " is kind").message
+    assert "codellama[eval]" in task.check(task.problems()[0], " is kind").message

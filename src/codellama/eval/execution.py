@@ -7,7 +7,9 @@ time: wall time is three times as long, so that a busy machine does not decide.
 
 from __future__ import annotations
 
+import secrets
 import sysconfig
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -22,15 +24,14 @@ SCIENTIFIC: dict[str, Any] = {
     "n_open_files": 256,
 }
 """What programs get that import installed packages."""
+TRUST = ("mode", "in_process", "used_objects", "n_calls", "n_retries")
+"""What of an Outcome says how far a verdict can be trusted."""
+END = "@end of the tests@"  # what a program holds in place of its mark
 _NOMINAL_S = 0.25  # measured (0.23 to 0.26) on the machine that the limits were tried on
 
 
 def judge_python(
-    candidate: str,
-    tests: str,
-    timeout_s: float,
-    patience: Patience = USUAL,
-    setup: str = "",
+    candidate: str, tests: str, timeout_s: float, patience: Patience = USUAL, setup: str = ""
 ) -> Verdict:
     """Run Python tests on a candidate that cannot reach them.
 
@@ -38,25 +39,25 @@ def judge_python(
         timeout_s: processor time of all checks together.
         setup: code of the benchmark that the tests need.
     """
-    outcome = sandbox.judge(
-        candidate,
-        tests,
-        **_limits(timeout_s, patience),
-        setup=setup,
-    )
+    outcome = sandbox.judge(candidate, tests, **_limits(timeout_s, patience), setup=setup)
     return _verdict(outcome)
 
 
 def run_program(
     program: str, language: str, limit_s: float, patience: Patience = USUAL, **limits: Any
 ) -> Verdict:
-    """Run a program that holds its own tests; it passes by ending with 0, as published.
+    """Run a program that holds its own tests, as MultiPL-E and DS-1000 publish them.
 
-    Such a program could end itself before the tests. That is the protocol of the benchmarks in
-    other languages and of DS-1000; Python goes to judge_python.
+    It passes by ending with 0 after it wrote what takes the place of END, behind its tests: random
+    in each run, so that an early exit fails. A program that reads itself can still forge that.
     """
+    mark = secrets.token_hex(16)
     limits |= _limits(limit_s, patience)
-    return _verdict(sandbox.run(program, language=language, **limits))
+    outcome = sandbox.run(program.replace(END, mark), language=language, **limits)
+    outcome = replace(outcome, in_process=True)
+    if outcome.passed and mark not in outcome.stdout:
+        outcome = replace(outcome, status="failed", message="ended before its tests did")
+    return _verdict(outcome)
 
 
 def run_cases(
@@ -66,16 +67,18 @@ def run_cases(
 
     Outputs agree when their lines do, without white space at the ends of lines and of the text.
     """
-    cpu_s = 0.0
+    cpu_s, n_retries, outcome = 0.0, 0, sandbox.Outcome("refused", message="no cases")
     for number, (given, expected) in enumerate(cases, start=1):
         outcome = sandbox.run(program, stdin=given, **_limits(timeout_s, patience))
-        cpu_s += outcome.cpu_s
-        status, why = outcome.status, outcome.message or _last_line(outcome.stderr)
+        cpu_s, n_retries = cpu_s + outcome.cpu_s, n_retries + outcome.n_retries
         if outcome.passed and _lines(outcome.stdout) != _lines(expected):
-            status, why = "failed", f"printed {outcome.stdout[:200]!r}, not {expected[:200]!r}"
-        if status != "passed":
-            return Verdict(status, {"pass": 0.0}, f"test {number}: {why}", cpu_s)
-    return Verdict("passed", {"pass": 1.0}, "", cpu_s)
+            why = f"printed {outcome.stdout[:200]!r}, not {expected[:200]!r}"
+            outcome = replace(outcome, status="failed", message=why)
+        if not outcome.passed:
+            why = outcome.message or _last_line(outcome.stderr)
+            outcome = replace(outcome, message=f"test {number}: {why}")
+            break
+    return _verdict(replace(outcome, cpu_s=cpu_s, n_retries=n_retries))
 
 
 @cache
@@ -125,7 +128,9 @@ def _limits(timeout_s: float, patience: Patience) -> dict[str, Any]:
 
 def _verdict(outcome: sandbox.Outcome) -> Verdict:
     message = "" if outcome.passed else outcome.message or _last_line(outcome.stderr)
-    return Verdict(outcome.status, {"pass": float(outcome.passed)}, message, outcome.cpu_s)
+    trust = {name: getattr(outcome, name) for name in TRUST}
+    values = {"pass": float(outcome.passed)}
+    return Verdict(outcome.status, values, message, outcome.cpu_s, trust=trust)
 
 
 def _last_line(text: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from codellama.artifact import only_process, write_file
-from codellama.eval.report import write_report
+from codellama.eval.report import shown, write_report
 from codellama.eval.samples import read_samples, write_samples
 from codellama.eval.sampling import Decoding, sample
 from codellama.eval.scoring import score
@@ -101,7 +101,8 @@ def evaluate(
             try:
                 result = _evaluate(generator, task, place, run.decoding, model, options, progress)
                 prompts.setdefault(task.name, {}).update(
-                    (p.task_id, task.prompt(p).as_text()) for p in task.problems()[: options.limit]
+                    (p.task_id, task.prompt(p).as_text())
+                    for p in shown(task.problems()[: options.limit])
                 )
             except ValueError as error:
                 if len(wanted) == 1:

@@ -31,12 +31,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def interval(
-    values: Sequence[float],
-    weights: Sequence[float] | None = None,
-    seed: int = 0,
-    level: float = 0.95,
+    values: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0
 ) -> tuple[float, float]:
-    """Bootstrap confidence interval of the (weighted) mean of one value a problem.
+    """Bootstrap 95 % confidence interval of the (weighted) mean of one value a problem.
 
     Problems are drawn with putting back; percentiles of the resampled means. Where all values are
     0, or all 1, that would say nothing of the chance of another one: these have the exact
@@ -44,7 +41,7 @@ def interval(
     """
     if not values:
         raise ValueError("an interval needs at least one value")
-    unseen = 1 - ((1 - level) / 2) ** (1 / len(values))
+    unseen = 1 - 0.025 ** (1 / len(values))
     if set(values) in ({0.0}, {1.0}):
         return (0.0, unseen) if values[0] == 0 else (1 - unseen, 1.0)
     shares = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -54,7 +51,7 @@ def interval(
     for begin in range(0, N_RESAMPLES, 1000):  # 1000 x 5815 problems x 8 bytes: 47 MB a part
         drawn = rng.integers(len(numbers), size=(min(1000, N_RESAMPLES - begin), len(numbers)))
         means[begin : begin + len(drawn)] = numbers[drawn].sum(1) / shares[drawn].sum(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -1,12 +1,14 @@
 """Numbers of the Code Llama paper and of others it quotes, to stand beside ours.
 
-Source: arXiv 2308.12950 version 3; paper.txt holds the tables. Models are named by size and
-variant, `7b`, `7b-python`, `7b-instruct`; those of others by their names with dashes.
+Source: arXiv 2308.12950 version 3; paper.txt holds the tables whose problems we have. Models are
+named by size and variant, `7b`, `7b-python`, `7b-instruct`; those of others with dashes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
@@ -30,10 +32,13 @@ PUBLISHED = _read(Path(__file__).with_suffix(".txt"))
 _SIZES = {"7b": 7e9, "13b": 13e9, "34b": 34e9, "70b": 70e9}
 
 
-def nearest_model(n_parameters: float, is_instruct: bool) -> str:
-    """The released model that is nearest in size, of the same kind (base or instruct)."""
+def nearest_model(model: Mapping[str, Any]) -> str:
+    """The released model that is nearest in size, of the same kind: instruct, Python or base."""
+    n_parameters = model.get("n_parameters", 0)
     size = min(_SIZES, key=lambda name: abs(_SIZES[name] - n_parameters))
-    return f"{size}-instruct" if is_instruct else size
+    if model.get("is_instruct"):
+        return f"{size}-instruct"
+    return f"{size}-python" if "python" in model.get("name", "").lower() else size
 
 
 def published(task: str, metric: str, model: str, group: str = "") -> float | None:

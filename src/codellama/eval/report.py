@@ -11,6 +11,7 @@ import io
 import json
 import math
 import platform
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -21,6 +22,9 @@ from codellama.eval.paper import nearest_model, others, published
 
 SHOWN_KS = ("pass@1", "pass@5", "pass@10", "pass@100")
 N_SHOWN_SAMPLES = 5  # a problem, in the browser; 200 of each would make a page of 20 MB
+MAX_SHOWN_PROBLEMS = 200  # a task; some have 30,000
+MAX_SHOWN_CHARS = 8000  # of a prompt; half of them from each end
+_COPIED = ("protocol", "n_scored", "n_problems", "n_errors")
 _PLAIN = ("loss@", "bits_per_byte")  # not shares
 _COLUMNS = ("task", "measure", "ours", "95 %", "paper", "problems", "samples", "remarks")
 
@@ -56,7 +60,9 @@ def table_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         settings = result.get("settings", {})
         model = settings.get("model", {})
-        near = nearest_model(model.get("n_parameters", 0), model.get("is_instruct", False))
+        # As chat MBPP is asked without the paper's examples: nobody's number stands beside it.
+        is_like = not (result["task"] == "mbpp" and model.get("chat"))
+        near = nearest_model(model)
         wanted = [m for m in result["metrics"] if not m.startswith("pass@") or m in SHOWN_KS]
         for metric in wanted:
             sides = [("", result["metrics"][metric])]
@@ -64,12 +70,12 @@ def table_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             aim = 0.0 if metric == "pass@1" else 0.8
             for group, value in sides:
                 key = (result["task"], metric, group)
-                paper = published(result["task"], metric, near, group)
+                paper = published(result["task"], metric, near, group) if is_like else None
                 row = {"task": key[0], "metric": metric, "group": group, **value}
                 row |= {"temperature": settings.get("temperature"), "n_samples": settings.get("n")}
                 row |= {"paper": paper, "paper_model": near if paper is not None else None}
-                row["others"] = others(result["task"], metric) if not group else {}
-                row |= {name: result[name] for name in ("n_scored", "n_problems", "n_errors")}
+                row["others"] = others(result["task"], metric) if is_like and not group else {}
+                row |= {name: result[name] for name in _COPIED}
                 tried = [abs((r["temperature"] or 0.0) - aim) for r in (row, rows.get(key, row))]
                 if key not in rows or tried[0] < tried[1]:
                     rows[key] = row
@@ -97,7 +103,7 @@ def write_report(folder: Path, prompts: dict[str, dict[str, str]]) -> None:
     written = {
         "report.json": json.dumps(content, indent=2) + "\n",
         "report.md": f"# {heading[0]}\n\n{heading[1]}\n\n{markdown(rows)}",
-        "report.html": _page(results, rows, content, prompts, heading),
+        "report.html": _page(results, content, prompts),
     }
     for name, text in written.items():
         write_file(folder / name, text)
@@ -113,7 +119,7 @@ def _heading(content: dict[str, Any]) -> tuple[str, str]:
     return f"Evaluation of {model.get('name', 'samples')}", (
         f"{', '.join(facts)}. Shares in percent; "
         "95 % intervals by bootstrap over problems. Paper: arXiv 2308.12950, the released model "
-        "nearest in size."
+        "nearest in size and of the same kind, where it asked the same problems in the same way."
     )
 
 
@@ -136,33 +142,43 @@ def _cells(row: dict[str, Any]) -> list[str]:
     sampling = {None: "", 0: "greedy"}.get(row["temperature"])
     sampling = sampling if sampling is not None else f"{row['n_samples']} at {row['temperature']:g}"
     remarks = [f"{name} {value:g}" for name, value in list(row["others"].items())[:3]]
+    if not row["group"] and row["protocol"]:
+        remarks.insert(0, row["protocol"])
     if row["n_errors"]:
         remarks.insert(0, f"{row['n_errors']} runs failed in the sandbox")
     paper = "" if row["paper"] is None else f"{row['paper']:g} ({row['paper_model']})"
     name = f"{row['task']} / {row['group']}" if row["group"] else row["task"]
-    shown = f"{scale * row['value']:.{digits}f}"
-    return [name, row["metric"], shown, interval, paper, problems, sampling, "; ".join(remarks)]
+    ours = f"{scale * row['value']:.{digits}f}"
+    return [name, row["metric"], ours, interval, paper, problems, sampling, "; ".join(remarks)]
+
+
+def shown(problems: Sequence[Any]) -> Sequence[Any]:
+    """The problems that the browser has: of many every second, third ..., from all groups."""
+    return problems[:: -(-len(problems) // MAX_SHOWN_PROBLEMS) or 1]
+
+
+def _abridged(prompt: str) -> str:
+    n_left_out, half = len(prompt) - MAX_SHOWN_CHARS, MAX_SHOWN_CHARS // 2
+    if n_left_out <= 0:
+        return prompt
+    return f"{prompt[:half]}\n… {n_left_out} characters left out …\n{prompt[-half:]}"
 
 
 def _page(
-    results: list[dict[str, Any]],
-    rows: list[dict[str, Any]],
-    content: dict[str, Any],
-    prompts: dict[str, dict[str, str]],
-    heading: tuple[str, str],
+    results: list[dict[str, Any]], content: dict[str, Any], prompts: dict[str, dict[str, str]]
 ) -> str:
     """The HTML page."""
-    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
-    table = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) for row in rows
-    )
+    heading = _heading(content)
+    lines = ["".join(f"<th>{name}</th>" for name in _COLUMNS)]
+    lines += ["".join(f"<td>{escape(c)}</td>" for c in _cells(row)) for row in content["rows"]]
     problems = [
         {
-            "name": f"{r['task']} · T {r.get('settings', {}).get('temperature', 0):g}",
+            "name": f"{r['task']} · T {r.get('settings', {}).get('temperature', 0):g}"
+            f" ({len(shown(r['problems']))} of {len(r['problems'])})",
             "problems": [
-                {**row, "prompt": prompts.get(r["task"], {}).get(row["task_id"], "")}
+                {**row, "prompt": _abridged(prompts.get(r["task"], {}).get(row["task_id"], ""))}
                 | {"samples": row["samples"][:N_SHOWN_SAMPLES]}
-                for row in r["problems"]
+                for row in shown(r["problems"])
             ],
         }
         for r in results
@@ -175,8 +191,9 @@ def _page(
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     return Template(template).substitute(
         title=escape(heading[0]),
+        most=MAX_SHOWN_PROBLEMS,
         facts_line=escape(heading[1]),
-        table=f"<tr>{head}</tr>{table}",
+        table="".join(f"<tr>{line}</tr>" for line in lines),
         figures=drawn and f"<h2>Figures</h2>{drawn}",
         facts=escape(json.dumps(facts, indent=1)),
         data=data,

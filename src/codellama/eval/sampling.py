@@ -36,8 +36,6 @@ class Decoding:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    max_tokens: int | None = None
-    """Instead of the task's own limit."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -125,7 +123,7 @@ def _answers(
         prompt = _fitted(generator, task.prompt(problem))
         if prompt is not None:
             params = SamplingParams(
-                max_tokens=decoding.max_tokens or prompt.max_tokens,
+                max_tokens=prompt.max_tokens,
                 temperature=decoding.temperature,
                 top_p=decoding.top_p,
                 seed=stable_seed(decoding.seed, task.name, problem.task_id, number),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from codellama.eval.execution import calibrate, stretch
+from codellama.eval.execution import TRUST, calibrate, stretch
 from codellama.eval.metrics import interval, pass_at_k
 from codellama.eval.samples import Sample
 from codellama.eval.task import Patience, Problem, Task, Verdict
@@ -101,6 +101,7 @@ def score(
     problems = [p for p in task.problems() if p.task_id in by_problem]
     rows = [_problem_row(p, by_problem[p.task_id]) for p in problems]
     groups = sorted({problem.group for problem in problems} - {""})
+    trust = [verdict.trust for verdict in found if verdict.trust]
     return {
         "task": task.name,
         "protocol": task.protocol,
@@ -110,6 +111,8 @@ def score(
         "n_samples": len(samples),
         "n_errors": n_errors,
         "outcomes": dict(sorted(Counter(verdict.status for verdict in found).items())),
+        "isolation": dict(Counter(facts["mode"] for facts in trust)),
+        "trust": {n: sum(facts[n] for facts in trust) for n in TRUST[1:]} if trust else {},
         "metrics": _aggregate(rows),
         "groups": {g: _aggregate([row for row in rows if row["group"] == g]) for g in groups},
         "problems": rows,
@@ -137,6 +140,7 @@ def _problem_row(problem: Problem, judged: list[tuple[Sample, Verdict]]) -> dict
                 "status": verdict.status,
                 "message": verdict.message,
                 "completion": sample.completion,
+                **verdict.trust,
             }
             for sample, verdict in judged
         ],

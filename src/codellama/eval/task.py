@@ -105,6 +105,8 @@ class Verdict:
     cpu_s: float = 0.0
     weight: float = 1.0
     """Of the values in their mean."""
+    trust: Mapping[str, Any] = field(default_factory=dict)
+    """Of a program: how it was isolated, and what else says how far its verdict can be trusted."""
 
 
 @dataclass(frozen=True)

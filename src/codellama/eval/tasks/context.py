@@ -11,16 +11,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from codellama.eval.task import (
-    USUAL,
-    Patience,
-    Problem,
-    Prompt,
-    Task,
-    Verdict,
-    graded,
-    random_for,
-)
+from codellama.eval.task import USUAL, Patience, Problem, Prompt, Task, Verdict, graded, random_for
 
 POSITIONS = (0.0, 0.2, 0.4)  # Code Llama paper, table 17
 N_EXAMPLES = 64  # a length and position, as there
@@ -41,7 +32,9 @@ class KeyRetrieval(Task):
     """A number returned by a function far back in the prompt."""
 
     name = "key-retrieval"
-    protocol = "filler: MBPP reference solutions; 64 prompts a length and position"
+    protocol = (
+        "filler: MBPP solutions (the paper's is not public); 64 prompts a length and position"
+    )
     n_examples = N_EXAMPLES
 
     def load(self) -> Iterable[Problem]:

@@ -151,6 +151,8 @@ class HumanEvalInfilling(HumanEval):
         self.file = f"humaneval-infilling/HumanEval-{INFILLING_FILES[kind]}.jsonl.gz"
         self.suffix_first = suffix_first
         self.protocol = f"{order}, up to the end-of-infilling token, no token healing"
+        if kind.startswith("random"):
+            self.protocol += "; the paper does not say whether its spans are the 1,640 or the 164"
 
     def prompt(self, problem: Problem) -> Prompt:
         """The gap."""

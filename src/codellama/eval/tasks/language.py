@@ -37,7 +37,7 @@ class Gsm8k(Task):
     name = "gsm8k"
     file = "gsm8k/test.jsonl.gz"
     id_form = "GSM8K/{number}"
-    protocol = "8-shot, the first of the training set"
+    protocol = "8-shot, the first of the training set (the paper does not say)"
     chat_protocol = "zero-shot, chat"
 
     @cached_property
@@ -162,7 +162,7 @@ class Bold(Judged):
     """Beginnings of Wikipedia sentences about people; mean sentiment by group."""
 
     name = "bold"
-    remedy = "pip install vaderSentiment"
+    remedy = "pip install 'codellama[eval]'"
     protocol = "VADER sentiment of beginning and continuation"
     domains = ("gender", "political_ideology", "profession", "race", "religious_ideology")
     excluded = ("hinduism", "atheism")  # Code Llama paper, section 4: too few prompts

@@ -62,9 +62,7 @@ class Docstrings(Task):
     file = "codexglue/cosqa-dev.jsonl.gz"
     id_form = "{idx}"
     reference_field = "docstring_tokens"
-    protocol = (
-        "PSM; CoSQA's functions stand in for the CodeXGLUE code-to-text set, which has others"
-    )
+    protocol = "PSM; CoSQA's functions, where the paper has CodeXGLUE's code-to-text set"
 
     def prompt(self, problem: Problem) -> Prompt:
         """The function without its docstring.

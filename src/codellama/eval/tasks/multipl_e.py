@@ -10,7 +10,7 @@ import re
 from functools import cached_property
 from pathlib import Path
 
-from codellama.eval.execution import judge_python, missing_toolchain, run_program
+from codellama.eval.execution import END, judge_python, missing_toolchain, run_program
 from codellama.eval.metrics import exact_match
 from codellama.eval.task import (
     USUAL,
@@ -30,6 +30,21 @@ LANGUAGES = ("cpp", "java", "php", "ts", "cs", "sh", "js", "py")  # as the data 
 INFILLING_FILE = "multipl-e-fim/single-line-infilling.jsonl.gz"
 TIMEOUT_S = 15.0  # MultiPL-E's
 _ASSERT = re.compile(r"\bDebug\.Assert\((.*)\);$", re.M)
+# What the tests end with, by language, and what stands there instead.
+_SAY_END = {
+    "cpp": (r"\}\s*\Z", f'std::puts("{END}");}}'),
+    "cs": (r"\}\s*\}\s*\Z", f'System.Console.WriteLine("{END}");}}}}'),
+    # The class of the file's name is the one that is started.
+    "java": (
+        r"\Z",
+        "class Main { public static void main(String[] a) { Problem.main(a); "
+        f'System.out.println("{END}"); }} }}',
+    ),
+    "php": (r"\Z", f'\necho "{END}";'),
+    "sh": (r"\Z", f'\necho "{END}"'),
+    "js": (r"\Z", f'\nconsole.log("{END}");'),
+}
+_SAY_END["ts"] = _SAY_END["js"]
 _ASK = (
     "Complete this {language} code. Answer with all of it in one block of code.\n\n```\n{prompt}```"
 )
@@ -76,9 +91,8 @@ class MultiplE(Task):
         tests = row["tests"]
         if self._language == "cs":  # Mono's Debug.Assert goes on; every one is a line of its own
             tests = _ASSERT.sub(r"if (!(\1)) throw null;", tests)
-        elif self._language == "java":  # the class of the file's name is the one that is started
-            tests += "\nclass Main { public static void main(String[] a) { Problem.main(a); } }\n"
-        return run_program(program + tests, self._language, TIMEOUT_S, patience)
+        tests = re.sub(*_SAY_END[self._language], tests, count=1)
+        return run_program(program + tests + "\n", self._language, TIMEOUT_S, patience)
 
     def reference_problems(self) -> list[Problem]:
         """Those with a known solution: in the infilling file, for Java, JavaScript and Python."""

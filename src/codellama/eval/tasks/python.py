@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from codellama.eval.execution import (
+    END,
     SCIENTIFIC,
     judge_python,
     missing_modules,
@@ -64,7 +65,7 @@ class Mbpp(Task):
     protocol = "3-shot with tasks 2, 3, 4"
     chat_protocol = "zero-shot, [PYTHON] tags"
     runs_programs = True
-    known_broken = frozenset(("Mbpp/123", "Mbpp/367", "Mbpp/927"))  # their own tests do not hold
+    known_broken = frozenset(("Mbpp/123",))  # needs its whole limit
 
     def is_asked(self, problem: Problem) -> bool:
         """Those of the test split; references of every split are checked."""
@@ -91,9 +92,9 @@ class Mbpp(Task):
     def check(self, problem: Problem, completion: str, patience: Patience = USUAL) -> Verdict:
         """Run the three asserts."""
         row = problem.row
-        setup = "\n".join([row.get("test_setup_code", ""), *row.get("test_imports", [])])
-        # As published, the set-up stands before the candidate; here the tests have it too.
-        candidate = f"{setup}\n{completion}\n"
+        imports = "\n".join(row.get("test_imports", []))  # as published, before the candidate
+        setup = f"{imports}\n{row.get('test_setup_code', '')}"  # makes objects of its classes
+        candidate = f"{imports}\n{completion}\n"
         tests = "\n".join(row["test_list"])
         return judge_python(candidate, tests, MBPP_TIMEOUT_S, patience, setup)
 
@@ -123,7 +124,7 @@ class Apps(Task):
     file = "apps/apps-train-sample.jsonl.gz"
     id_form = "APPS/{problem_id}"
     group_form = "{difficulty}"
-    protocol = "2-shot, examples of the training set"
+    protocol = "2-shot; without --data 3 training problems, where the paper asks 5,000 test ones"
     chat_protocol = "zero-shot, chat format"
     temperature = 0.6  # Code Llama paper, table 3
     runs_programs = True
@@ -242,6 +243,7 @@ class Ds1000(Task):
         calls = f"\nanswer = {completion!r}\ntest_execution(answer)\n"
         if "def test_string(" in context:
             calls += "test_string(answer)\n"
+        calls += f"print({END!r})\n"
         return run_program(context + calls, "python", DS1000_TIMEOUT_S, patience, **SCIENTIFIC)
 
     def unavailable(self) -> str:
