@@ -330,6 +330,7 @@ def host(tmp_path_factory):
     listener = socket.create_server(("127.0.0.1", 0))
     unix = socket.socket(socket.AF_UNIX)
     unix.bind(str(folder / "socket"))
+    (folder / "socket").chmod(0o777)
     unix.listen()
     yield {
         "canary": str(canary),

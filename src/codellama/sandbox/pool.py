@@ -35,10 +35,7 @@ class Pool:
     """
 
     def __init__(
-        self,
-        n_workers: int | None = None,
-        mode: Mode = "namespaces",
-        packages: Iterable[str] = (),
+        self, n_workers: int | None = None, mode: Mode = "namespaces", packages: Iterable[str] = ()
     ) -> None:
         if mode not in ("namespaces", "none"):
             raise ValueError(f"mode = {mode!r}: 'namespaces' or 'none' is accepted")
