@@ -60,6 +60,9 @@ class Collection(Section):
     kinds: tuple[Literal["code", "code-text", "text"], ...] = ()
     languages: tuple[str, ...] = ()
     """A document belongs to the collection when it has one of the values of each; empty: any."""
+    repositories: bool = False
+    """Documents are whole repositories in the order of their dependencies, which the corpus must
+    write (`corpus.repositories`); of each, kind and language are those of most of its files."""
     dialogs: Path | None = None
     """JSON lines with one {"messages": [...]} each, instead of documents of the corpus; learned
     from are the answers."""
@@ -177,11 +180,6 @@ class Recipe(Section):
         return self.work / "corpus"
 
     @property
-    def repositories_dir(self) -> Path:
-        """Where `prepare` writes the corpus of whole repositories."""
-        return self.work / "corpus-repositories"
-
-    @property
     def tokenizer_dir(self) -> Path:
         """Where the tokenizer's files are written."""
         return self.work / "tokenizer"
@@ -203,9 +201,12 @@ class Recipe(Section):
         return self.stages[name]
 
     @model_validator(mode="after")
-    def _random_stages_have_a_model(self) -> Recipe:
+    def _parts_fit(self) -> Recipe:
         if self.model is None and any(s.init == "random" for s in self.stages.values()):
             raise ValueError('a stage with init = "random" needs the section [model]')
+        for name, collection in self.collections.items():
+            if collection.repositories and not self.corpus.repositories:
+                raise ValueError(f"collections.{name}: needs corpus.repositories = true")
         return self
 
     def stage_order(self) -> list[str]:

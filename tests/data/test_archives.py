@@ -19,8 +19,10 @@ from trees import MIT_TEXT, program
 from codellama.data import archives, listing
 from codellama.data.archives import RawDocument
 from codellama.data.listing import list_sources
+from codellama.data.selection import count_in
 from codellama.data.sources import read_unit
-from codellama.recipe import Source
+from codellama.data.staging import Settings, stage_unit
+from codellama.recipe import Filters, Source
 
 FILES = {"x-1.0/LICENSE": MIT_TEXT, "x-1.0/a.py": program("a"), "x-1.0/b/c.py": program("c")}
 
@@ -53,7 +55,8 @@ def read(path: Path | str, kind: str = "archive", **fields: Any) -> list[RawDocu
     max_bytes = fields.pop("max_bytes", 1_000_000)
     source = Source.model_validate({"name": "s", "kind": kind, "path": str(path), **fields})
     units = list_sources((source,), Path("cache")).units
-    return [d for unit in units for d in read_unit(unit, source, max_bytes)]
+    found = [d for unit in units for d in read_unit(unit, source, max_bytes)]
+    return [d for d in found if d.reason != archives.UNWANTED]
 
 
 def reasons(found: list[RawDocument]) -> list[tuple[str, str | None]]:
@@ -123,6 +126,23 @@ def test_links_and_devices_in_archives_are_passed_over(tmp_path: Path) -> None:
     assert read(tmp_path / "a.tar") == []
 
 
+@pytest.mark.parametrize("ending", ["tar.gz", "zip"])
+def test_what_a_source_does_not_want_is_counted(tmp_path: Path, ending: str) -> None:
+    others = {"notes.txt": "text", "node_modules/m.py": program("m"), "data.json": "{}"}
+    path = write_archive(tmp_path / f"x-1.0.{ending}", FILES | others)
+    if ending == "zip":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.mkdir("folder")
+    source = Source(name="s", kind="archive", path=str(path))
+    (unit,) = list_sources((source,), tmp_path).units
+    found = list(read_unit(unit, source, 1_000_000))
+    unwanted = {d.path for d in found if d.reason == archives.UNWANTED}
+    assert unwanted == {*others, "x-1.0/LICENSE"}
+    settings = Settings(filters=Filters(), near_duplicates=None)
+    stage_unit(unit, source, settings, tmp_path, "staged")
+    assert count_in(tmp_path / "staged.parquet", "n_other") == 4
+
+
 def test_a_member_is_never_read_beyond_the_limit(tmp_path: Path) -> None:
     """A zip whose headers say 10 bytes and whose data are 50 MB."""
     path = write_archive(tmp_path / "bomb.zip", {"bomb.py": "#" * 50_000_000})
@@ -162,6 +182,26 @@ def test_overlapping_members_of_a_zip_are_left_off(
     assert len(found) < 100
 
 
+def test_row_groups_that_hold_far_more_than_their_size_are_left_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that its metadata give away, and one that repeats a value of its dictionary."""
+    monkeypatch.setattr(archives, "FREE_BYTES", 1_000_000)
+    path = tmp_path / "bomb.parquet"
+    groups = [["first"], ["\0" * 3_000_000], [program("x", 200)] * 2000, ["last"]]
+    with pq.ParquetWriter(path, pa.schema([("text", pa.string())]), compression="zstd") as writer:
+        for texts in groups:
+            writer.write_table(pa.table({"text": texts}))
+    assert path.stat().st_size < 20_000
+    found = read(path, "parquet", max_bytes=1_000_000)
+    bombs = [(d.path, d.detail) for d in found if d.reason == "archive bomb"]
+    assert bombs[0] == ("bomb.parquet#1", "row group 1")
+    assert [detail for _, detail in bombs] == ["row group 1", "row group 2"]
+    assert found[0].content == b"first"
+    assert found[-1].content == b"last"
+    assert len(found) < 1000
+
+
 def test_git_repositories_bare_or_not(tmp_path: Path) -> None:
     work = tmp_path / "project"
     work.mkdir()
@@ -185,6 +225,8 @@ def test_git_repositories_bare_or_not(tmp_path: Path) -> None:
     git("clone", "-q", "--bare", str(work), str(tmp_path / "bare.git"), folder=tmp_path)
     canary.unlink(missing_ok=True)
     for folder, name in ((work, "project"), (tmp_path / "bare.git", "bare")):
+        source = Source(name="s", kind="git", path=str(folder))
+        assert list_sources((source,), tmp_path).n_other["s"] == 2  # the licence and the link
         found = {d.path: d for d in read(folder, "git", max_bytes=1000)}
         assert sorted(found) == ["a.py", "large.py", "run"]
         assert found["a.py"].content.decode() == program("a")[:1001]

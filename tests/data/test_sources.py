@@ -9,7 +9,7 @@ import pytest
 from trees import MIT_TEXT, program, write_tree, write_wheel
 
 from codellama.data import wheels
-from codellama.data.archives import RawDocument
+from codellama.data.archives import UNWANTED, RawDocument
 from codellama.data.listing import Listing, list_sources
 from codellama.data.sources import read_unit
 from codellama.data.wheels import cached_wheel, fetch_wheel
@@ -22,7 +22,8 @@ def tree(path: Path, **fields: object) -> tuple[Source, ...]:
 
 def documents(listing: Listing, *sources: Source, max_bytes: int = 1_000_000) -> list[RawDocument]:
     named = {source.name: source for source in sources}
-    return [d for unit in listing.units for d in read_unit(unit, named[unit.source], max_bytes)]
+    found = [d for unit in listing.units for d in read_unit(unit, named[unit.source], max_bytes)]
+    return [document for document in found if document.reason != UNWANTED]
 
 
 def rows(listing: Listing) -> list[tuple[str, str]]:
@@ -49,7 +50,7 @@ def test_tree_lists_python_files_per_repository(tmp_path: Path) -> None:
     expected = [("alpha", "a.py"), ("beta", "pkg/b.py"), (tmp_path.name, "loose.py")]
     assert rows(listing) == expected
     assert licences(listing) == ["MIT", "MIT", "unknown"]
-    assert listing.n_other["tree"] == 3  # notes.txt and two licence files
+    assert listing.n_other["tree"] == 5  # notes.txt, two licence files, a cache, an environment
 
 
 def test_tree_with_a_project_file_is_one_repository(tmp_path: Path) -> None:

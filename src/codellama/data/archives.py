@@ -1,9 +1,8 @@
 """Containers: the documents inside archives, git repositories and tables, one after another.
 
-Everything is read as a stream and nothing is extracted to disk, so that a path in an archive is
-only a label. No container is trusted: members are read up to a limit whatever their headers say,
-what unpacks to far more than it was is left off, and damage ends one container and nothing else.
-What cannot be read is handed on with its reason, to be counted.
+Everything is read as a stream and nothing is extracted to disk. No container is trusted: members
+are read up to a limit whatever their headers say, what unpacks to far more than it was is left off,
+and damage ends one container and nothing else. What cannot be read is handed on with its reason.
 
 In: an open binary file, local or remote. Out: `RawDocument` records.
 """
@@ -35,6 +34,7 @@ from codellama.recipe import Source
 MAX_RATIO = 200  # unpacked to packed; source code reaches 20, and gzip cannot exceed 1032
 FREE_BYTES = 256_000_000  # may be unpacked whatever the ratio
 LICENCE_BYTES = 1_000_000
+UNWANTED = "not wanted"  # a member that is counted, and no row
 PROJECT_FILES = ("METADATA", "PKG-INFO")
 
 Damage = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError)
@@ -81,16 +81,23 @@ def read_archive(
     return _tar(file, name, wanted, max_bytes)
 
 
-def up_to_damage(documents: Iterator[RawDocument], name: str) -> Iterator[RawDocument]:
+def up_to_damage(
+    documents: Iterator[RawDocument], name: str, file: BinaryIO
+) -> Iterator[RawDocument]:
     """The documents of a container, and behind them why it could not be read to its end."""
+    end = RawDocument(name)
     try:
         yield from documents
     except KeyError as error:
-        yield RawDocument(name, reason="missing column", detail=str(error.args[0]))
+        end.reason, end.detail = "missing column", str(error.args[0])
     except BombError:
-        yield RawDocument(name, reason="archive bomb")
+        end.reason = "archive bomb"
     except Damage as error:
-        yield RawDocument(name, reason="damaged archive", detail=_plain(error))
+        end.reason, end.detail = "damaged archive", _plain(error)
+    if error := getattr(getattr(file, "raw", None), "error", None):
+        end.reason, end.detail = "unavailable", _plain(error)
+    if end.reason:
+        yield end
 
 
 def _zip(file: BinaryIO, wanted: Wanted, max_bytes: int, part: range) -> Iterator[RawDocument]:
@@ -104,10 +111,12 @@ def _zip(file: BinaryIO, wanted: Wanted, max_bytes: int, part: range) -> Iterato
                 evidence.append((info.filename, member.read(LICENCE_BYTES)))
     licence, n_bytes = _licence(evidence), 0
     for info in members:
-        if info.is_dir() or max(info.header_offset, 0) not in part or not wanted(info.filename):
+        if info.is_dir() or max(info.header_offset, 0) not in part:
             continue
         document = RawDocument(info.filename, licence=licence)
-        if info.file_size > max_bytes:
+        if not wanted(info.filename):
+            document.reason = UNWANTED
+        elif info.file_size > max_bytes:
             document.reason = "too large"
         else:
             try:
@@ -125,23 +134,25 @@ def _tar(file: BinaryIO, name: str, wanted: Wanted, max_bytes: int) -> Iterator[
     # Read twice: the licence may stand behind the files that it is for.
     evidence: list[tuple[str, bytes]] = []
     with contextlib.suppress(*Damage):  # said when it is met again
-        evidence.extend(_members(file, name, _is_evidence, LICENCE_BYTES))
+        found = _members(file, name, _is_evidence, LICENCE_BYTES)
+        evidence.extend((each.path, each.content) for each in found if not each.reason)
     file.seek(0)
     licence = _licence(evidence)
-    for path, content in _members(file, name, wanted, max_bytes):
-        yield RawDocument(path, content, licence=licence)
+    for document in _members(file, name, wanted, max_bytes):
+        document.licence = licence
+        yield document
 
 
-def _members(
-    file: BinaryIO, name: str, wanted: Wanted, max_bytes: int
-) -> Iterator[tuple[str, bytes]]:
-    """Paths and contents of the wanted files, in their order; links and devices are left out."""
+def _members(file: BinaryIO, name: str, wanted: Wanted, max_bytes: int) -> Iterator[RawDocument]:
+    """The members in their order, of which links and devices are never wanted."""
     stream = Limited(unpacked(file, name), file)
     with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r|") as archive:
         for member in archive:
             if member.isreg() and wanted(member.name):
                 content = archive.extractfile(member)
-                yield member.name, content.read(max_bytes + 1) if content else b""
+                yield RawDocument(member.name, content.read(max_bytes + 1) if content else b"")
+            elif not member.isdir():
+                yield RawDocument(member.name, reason=UNWANTED)
             cast(Any, archive).members = []  # it would keep all of them
     while stream.read(1 << 20):  # a checksum stands at the end
         pass
@@ -181,11 +192,7 @@ class Limited(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer as far as one read does.
-
-        Raises:
-            BombError: far more was unpacked than read.
-        """
+        """Fill the buffer as far as one read does; a `BombError` where too much comes out."""
         data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
         self._n_bytes += len(data)
@@ -227,11 +234,9 @@ def read_git(folder: str, files: list[tuple[str, str]], max_bytes: int) -> Itera
     assert process.stdout
     with process:
         for path, blob in files:
-            try:
+            with contextlib.suppress(BrokenPipeError):  # read as an empty answer
                 process.stdin.write(blob.encode() + b"\n")
                 process.stdin.flush()
-            except BrokenPipeError:
-                pass  # read as an empty answer
             fields = process.stdout.readline().split()
             if len(fields) != 3:
                 yield RawDocument(path, reason="unreadable", detail="no such object")
@@ -278,7 +283,7 @@ def read_table(
         }
         yield RawDocument(
             values.get("path") or path,
-            values["text"].encode("utf-8", "surrogatepass"),
+            values["text"].encode("utf-8", "surrogatepass")[: max_bytes + 1],
             repository=values.get("repository") or None,
             licence=values.get("licence") or None,
             language=(values.get("language") or "").lower() or None,
@@ -286,8 +291,9 @@ def read_table(
 
 
 def _parquet_rows(
-    file: BinaryIO, _name: str, columns: list[str], _max_bytes: int, part: range
+    file: BinaryIO, name: str, columns: list[str], _max_bytes: int, part: range
 ) -> Rows:
+    size = file.seek(0, os.SEEK_END)
     table = pq.ParquetFile(file, buffer_size=1 << 20)  # or it would read columns of a group whole
     if absent := [name for name in columns if name not in table.schema_arrow.names]:
         raise KeyError(f"{absent[0]}; the file has {', '.join(table.schema_arrow.names[:20])}")
@@ -296,9 +302,30 @@ def _parquet_rows(
         about = table.metadata.row_group(group)
         begin = about.column(0).dictionary_page_offset or about.column(0).data_page_offset
         if max(begin, 0) in part:
-            batches = table.iter_batches(64, row_groups=[group], columns=columns)
-            yield from enumerate((row for b in batches for row in b.to_pylist()), number)
+            yield from enumerate(_group_rows(table, group, columns, name, size), number)
         number += about.num_rows
+
+
+def _group_rows(
+    table: pq.ParquetFile, group: int, columns: list[str], name: str, size: int
+) -> Iterator[dict[str, Any] | RawDocument]:
+    """The rows of a row group, unless it holds far more than its size; pages are read singly."""
+    about = table.metadata.row_group(group)
+    chunks = [about.column(number) for number in range(about.num_columns)]
+    chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+    packed = min(size, sum(chunk.total_compressed_size for chunk in chunks))
+    unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
+    left = max(FREE_BYTES, MAX_RATIO * packed)
+    if unpacked <= left:
+        n_rows = min(64, max(1, 4 * FREE_BYTES // max(unpacked, 1)))  # one may be all of it
+        for batch in table.iter_batches(n_rows, row_groups=[group], columns=columns):
+            left -= batch.nbytes  # a dictionary's values are repeated here
+            if left < 0:
+                break
+            yield from batch.to_pylist()
+        else:
+            return
+    yield RawDocument(name, reason="archive bomb", detail=f"row group {group}")
 
 
 def _json_rows(file: BinaryIO, name: str, _columns: list[str], max_bytes: int, part: range) -> Rows:

@@ -1,8 +1,7 @@
 """The corpus folder: how its shards and manifest are written, checked and read.
 
 It knows the format only, nothing about where documents come from. A corpus folder holds
-`manifest.json`, `train-00000.parquet` … and `validation-00000.parquet` …; each row is a document
-with the columns of `SCHEMA`. Row groups are about 1 MB of text, so one document is cheap to read.
+`manifest.json`, `train-00000.parquet` … and `validation-00000.parquet` …; a row is a document.
 
 In: rows as Arrow tables. Out: `CorpusReader`, texts by index.
 """
@@ -39,6 +38,11 @@ REPEATED: Any = [name for name in _ABOUT if name != "path"] + ["reason", "split"
 SHARD_BYTES = 64_000_000  # of text; 15 to 20 MB on disk
 ROW_GROUP_BYTES = 1_000_000  # decoded in 2 ms, so that reading one document at random stays cheap
 CACHE_BYTES = 1 << 30  # a corpus of this size is decoded once; a larger one is read in order
+
+
+def repositories_of(corpus: Path) -> Path:
+    """Where the corpus of whole repositories lies: beside the one of files."""
+    return corpus.with_name(f"{corpus.name}-repositories")
 
 
 class ShardWriter:

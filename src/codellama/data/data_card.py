@@ -44,13 +44,14 @@ def card(manifest: dict[str, Any]) -> str:
         example = drop["examples"][0].replace("|", "\\|") if drop["examples"] else ""
         lines.append(f"| {reason} | {drop['n']} | `{example}` |")
     others = {name: n for name, n in inputs["n_other_files"].items() if n}
-    lines += ["", f"Files in no wanted language, not examined: {others or 'none'}."]
+    lines += ["", f"Not examined, as in no wanted language: {others or 'none'}."]
     if inputs["unavailable"]:
         lines.append(f"Not available: {inputs['unavailable']}.")
     lines += ["", "## Duplicates", ""]
     lines.append(
-        f"Near duplicates by MinHash: threshold {near['threshold']}, {near['ngram']}-grams of "
-        f"words, {near['n_hashes']} hashes in {near['n_bands']} bands."
+        f"Near duplicates by MinHash: estimates from two standard deviations below "
+        f"{near['threshold']}, {near['ngram']}-grams of words, {near['n_hashes']} hashes in "
+        f"{near['n_bands']} bands."
         if near
         else "Exact duplicates only (the recipe has no `near_duplicates`)."
     )

@@ -3,7 +3,7 @@
 Every filter is a plain function of a path, a licence or a text; none changes a text. Decoding is
 the only step from bytes to text, and line ends stay as they are. Duplicates are `dedup`'s.
 
-In: bytes and where they come from. Out: `Verdict(text, reason)`, one of them empty.
+In: bytes and where they come from. Out: `Verdict`, of text and reason one empty.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import re2
 
-from codellama.data.licences import is_permissive, licence_of_header
+from codellama.data.licences import UNKNOWN, is_permissive, licence_of_header
 from codellama.recipe import Filters
 
 REASONS = (
@@ -46,6 +46,7 @@ class Verdict:
 
     text: str | None
     reason: str | None
+    licence: str | None = None  # what the first lines say, else what was given
 
 
 def judge_path(path: str, licence: str, filters: Filters) -> str | None:
@@ -55,8 +56,8 @@ def judge_path(path: str, licence: str, filters: Filters) -> str | None:
         return "vendored"
     if _MINIFIED.search(name):
         return "minified"
-    if not is_allowed(licence, filters):
-        return "licence"
+    if licence != UNKNOWN and not is_allowed(licence, filters):
+        return "licence"  # an unknown one may stand in the first lines
     if name in _LOCK_FILES:
         return "data"
     return "generated" if _GENERATED_NAME.search(name) else None
@@ -70,9 +71,13 @@ def is_allowed(licence: str, filters: Filters) -> bool:
 
 
 def judge_bytes(
-    content: bytes, filters: Filters, language: str = "python", is_code: bool = True
+    content: bytes,
+    filters: Filters,
+    language: str = "python",
+    is_code: bool = True,
+    licence: str | None = None,
 ) -> Verdict:
-    """Decode a file and judge its text."""
+    """Decode a file and judge its text; licence: what holds where its first lines do not say."""
     if len(content) < filters.min_bytes:
         return Verdict(None, "too small")
     if len(content) > filters.max_bytes:
@@ -83,8 +88,11 @@ def judge_bytes(
         text = content.decode("utf-8-sig")  # a byte order mark is no part of the program
     except UnicodeDecodeError:
         return Verdict(None, "not UTF-8")
+    licence = licence_of_header(text) or licence
+    if licence and not is_allowed(licence, filters):
+        return Verdict(None, "licence")
     reason = judge_text(text, filters, language, is_code)
-    return Verdict(None, reason) if reason else Verdict(text, None)
+    return Verdict(None, reason) if reason else Verdict(text, None, licence)
 
 
 def judge_text(
@@ -94,9 +102,6 @@ def judge_text(
 
     Of prose, lines may be of any length: many people write a paragraph as one.
     """
-    header = licence_of_header(text)
-    if header and not is_allowed(header, filters):
-        return "licence"
     if is_code:
         if is_generated(text, language):
             return "generated"

@@ -1,7 +1,6 @@
 """Listing: the units of work of all sources, without reading a document.
 
-Adding a source, or a file to one, leaves the units of everything else as they are. Nothing is
-installed and nothing runs but `pip download` and `git`.
+A new source or file leaves the units of all others as they are. Only `pip download` and `git` run.
 
 In: a recipe's sources. Out: `Listing`, in the order of the sources.
 """
@@ -50,7 +49,7 @@ class Listing:
     unavailable: dict[str, str] = field(default_factory=dict)
     """`source/package` -> why nothing could be taken from it."""
     n_other: Counter[str] = field(default_factory=Counter)
-    """Files of a source that are in no language that it takes."""
+    """Of a source files in no language that it takes, links, and folders passed over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +149,9 @@ def _wanted_files(root: Path, source: Source, listing: Listing) -> Iterator[Path
     """
     blocked: list[Path] = []
     for folder, folders, names in os.walk(root, onerror=lambda e: blocked.append(Path(e.filename))):
-        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS)
+        kept = sorted(name for name in folders if name not in SKIPPED_FOLDERS)
+        listing.n_other[source.name] += len(folders) - len(kept)
+        folders[:] = kept
         for name in sorted(names):
             if takes(source, name):
                 yield Path(folder, name)
@@ -190,9 +191,7 @@ def _list_installed(source: Source, listing: Listing) -> Iterator[_Found]:
 
 def _list_tree(source: Source, listing: Listing) -> Iterator[_Found]:
     """A folder: one repository if it carries a licence or project file, else one per sub-folder."""
-    root = Path(source.path or "")  # the recipe checks it
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder (source {source.name!r} of the recipe)")
+    root = _folder(source)
     names = (".git", "pyproject.toml", "setup.py", "setup.cfg", "package.json", "Cargo.toml")
     whole = _folder_licence(root) != UNKNOWN or any((root / name).exists() for name in names)
     about: dict[str, tuple[str, str]] = {}  # of each repository's folder its name and licence
@@ -201,11 +200,17 @@ def _list_tree(source: Source, listing: Listing) -> Iterator[_Found]:
         path = file.relative_to(root).as_posix()
         inside = "" if whole or "/" not in path else path.split("/")[0]
         if inside not in about:
-            licence = _folder_licence(root / inside)
-            licence = source.licence if licence == UNKNOWN else licence
-            about[inside] = as_text((root / inside).resolve().name), licence
+            name = as_text((root / inside).resolve().name)
+            about[inside] = name, _folder_licence(root / inside)
         repository, licence = about[inside]
         yield _file(repository, path.removeprefix(f"{inside}/"), licence, file, resolved)
+
+
+def _folder(source: Source) -> Path:
+    root = Path(source.path or "")  # the recipe checks it
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder (source {source.name!r} of the recipe)")
+    return root
 
 
 def _folder_licence(folder: Path) -> str:
@@ -298,35 +303,30 @@ def _list_remote(source: Source, url: str, listing: Listing) -> list[_Found]:
 
 def _list_git(source: Source, listing: Listing) -> Iterator[Unit]:
     """Files of the last commit of a repository, bare or not."""
-    root = Path(source.path or "")
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder (source {source.name!r} of the recipe)")
+    root = _folder(source)
     command = ["git", "-C", str(root), "ls-tree", "-r", "-z", "--long", "--full-tree", "HEAD"]
+    environment = os.environ | GIT_ENVIRONMENT
     try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=600, env=os.environ | GIT_ENVIRONMENT
-        )
-        error = done.stderr.decode("utf-8", "replace").strip() if done.returncode else ""
-    except (OSError, subprocess.TimeoutExpired) as failure:
-        done, error = None, str(failure)
-    if done is None or error:
+        listed = subprocess.check_output(command, timeout=600, env=environment)
+    except (OSError, subprocess.SubprocessError) as error:
         listing.unavailable[source.name] = "git cannot read it"
         print(f"source {source.name}: left out: {root}: {error}", file=sys.stderr)
         return
     repository = as_text(root.resolve().name.removesuffix(".git"))
     rows: list[tuple[str, str, int]] = []
-    for line in filter(None, done.stdout.split(b"\0")):
+    for line in filter(None, listed.split(b"\0")):
         fields, _, name = line.partition(b"\t")
         mode, _, blob, size = fields.split()
-        if mode.startswith(b"100"):  # a regular file; not a link, not a submodule
+        if mode.startswith(b"100"):
             rows.append((os.fsdecode(name), blob.decode(), int(size)))
+        else:  # a link, or a submodule
+            listing.n_other[source.name] += 1
     about = [row for row in rows if "/" not in row[0] and LICENCE_FILE.fullmatch(row[0])]
     texts = [
         document.content.decode("utf-8", "replace")
         for document in read_git(str(root), [(p, blob) for p, blob, _ in about], 1_000_000)
     ]
     licence = licence_of_metadata(email.message_from_string(""), texts)
-    licence = source.licence if licence == UNKNOWN else licence
     found: list[_Found] = []
     for path, blob, size in sorted(rows):
         if takes(source, path):

@@ -11,17 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from codellama.data.corpus import CorpusReader, corpus_documents
+from codellama.data.corpus import CorpusReader, corpus_documents, repositories_of
 from codellama.data.packing import Documents, LaneState, Share
 from codellama.recipe import Collection
 from codellama.tokenizer.chat import check_dialog
-
-WHOLE_CORPUS = "corpus"
 
 
 class Selected:
@@ -107,7 +106,6 @@ def open_mixture(
     corpus_dir: Path,
     collections: Mapping[str, Collection],
     weights: Mapping[str, float],
-    split: Literal["train", "validation"] = "train",
 ) -> tuple[Share, ...]:
     """Open the collections of a stage.
 
@@ -116,12 +114,13 @@ def open_mixture(
         weights: the stage's share of each, on any scale; empty for the whole corpus.
 
     Raises:
-        ValueError: a collection is unknown, empty or damaged; names it.
+        ValueError: a collection is unknown, empty or damaged, or the repositories are those of
+            another corpus; names it.
     """
     if not weights:
-        return (Share(WHOLE_CORPUS, corpus_documents(corpus_dir, split)),)
+        return (Share("corpus", corpus_documents(corpus_dir, "train")),)
     shares: list[Share] = []
-    reader: CorpusReader | None = None
+    opened = cache(corpus_documents)
     for name, weight in weights.items():
         if name not in collections:
             raise ValueError(
@@ -132,7 +131,11 @@ def open_mixture(
         if collection.dialogs is not None:
             documents = Dialogs(collection.dialogs)
         else:
-            reader = reader or corpus_documents(corpus_dir, split)
+            reader = opened(corpus_dir, "train")
+            if collection.repositories:
+                made_from, reader = reader.fingerprint, opened(repositories_of(corpus_dir), "train")
+                if reader.manifest.get("made_from") != made_from:
+                    raise ValueError(f"{reader.folder}: of another corpus; prepare the recipe")
             documents = chosen(reader, collection)
         shares.append(Share(f"collection {name!r}", documents, weight, bool(collection.dialogs)))
     return tuple(shares)

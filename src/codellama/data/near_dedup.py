@@ -4,11 +4,7 @@
 
 Two documents are candidates where all hashes of one band are equal; a pair counts where the
 share of equal hashes, which estimates the Jaccard similarity, reaches the threshold less twice the
-estimate's standard deviation (at the threshold itself, half of the pairs that have it are missed).
-What is connected by such pairs is a cluster, of which the longest document stays.
-
-It knows signatures and groups alone, no files. Groups are worked off in order and a later one never
-changes what was kept of an earlier one: so a new source or a new batch leaves the others alone.
+estimate's standard deviation. What such pairs connect is a cluster.
 
 In: texts, then signatures [n, n_hashes] uint32, on disk or in memory. Out: for each document the
 one that stands for it. Memory: 50 bytes a document, and the signatures of the pairs at hand.
@@ -138,8 +134,7 @@ def _candidates(
     """Pairs of places with equal keys that are not connected yet, by their distance in the run.
 
     keys: sorted, of the places `order`; kept places come first in each run. A run whose documents
-    are all connected ends early, which is what keeps thousands of copies from being compared
-    each with each.
+    are all connected ends early: thousands of copies are not compared each with each.
     """
     begins = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
     lengths = np.diff(np.r_[begins, len(keys)])

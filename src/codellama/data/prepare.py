@@ -2,10 +2,8 @@
 
     list units -> stage each (locally or on Ray) -> choose what stays -> shuffle into shards
 
-Only the choice looks at all documents at once, and only at their keys and signatures. The folder is
-written beside its final place and then renamed, so a corpus that exists is whole; what was staged
-stays, so an interrupted run goes on where it stopped. The same inputs give the same bytes, whatever
-the number of processes.
+Only the choice looks at all documents at once, and only at their keys and signatures. What was
+staged stays. The same inputs give the same bytes, whatever the number of processes.
 
 In: a `Recipe`. Out: `recipe.corpus_dir`, in the format that `corpus` describes.
 """
@@ -18,6 +16,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -29,12 +28,12 @@ from rich.progress import Progress
 
 from codellama.artifact import new_folder, only_process, read_manifest, write_file, write_manifest
 from codellama.data.benchmarks import benchmark_files
-from codellama.data.corpus import KIND, SPLITS
+from codellama.data.corpus import KIND, SPLITS, repositories_of
 from codellama.data.data_card import write_card
 from codellama.data.decontaminate import BlockList, build_block_list
 from codellama.data.listing import Listing, list_sources
 from codellama.data.repository import write_repositories
-from codellama.data.selection import Selection, Staged, select, write_signatures
+from codellama.data.selection import Selection, Staged, count_in, select, write_signatures
 from codellama.data.shuffle import write_shards
 from codellama.data.split import TRAIN
 from codellama.data.staging import VERSION, Settings, stage_json, stage_unit, staged_key
@@ -61,17 +60,17 @@ def prepare_corpus(recipe: Recipe, ray: str | None = None) -> Path:
         with console.status("listing sources …"):
             work = _plan(recipe, build=True)
         state = _state(work)
-        if _is_current(folder, work.folder, state):
+        if _is_current(folder, work, state):
             print(f"{folder}: up to date, nothing to do", file=sys.stderr)
             return folder
         try:
             _stage(work, console, ray)
-            with new_folder(folder) as partial:
-                manifest = _build(work, partial, console)
-                write_manifest(partial, KIND, **manifest)
-                write_card(partial)
+            with new_folder(folder) as new:
+                manifest = _build(work, new, console)
+                write_manifest(new, KIND, **manifest)
+                write_card(new)
             if recipe.corpus.repositories:
-                write_repositories(folder, recipe.repositories_dir.absolute())
+                write_repositories(folder, repositories_of(folder))
             write_file(work.folder / "current.json", json.dumps(state))
             _remove_others(work)
         except OSError as error:
@@ -175,16 +174,18 @@ def _state(work: _Work) -> dict[str, Any]:
     }
 
 
-def _is_current(folder: Path, staged_folder: Path, state: dict[str, Any]) -> bool:
+def _is_current(folder: Path, work: _Work, state: dict[str, Any]) -> bool:
     """Whether the folder holds the corpus of this state, all shards present."""
     try:
         manifest = read_manifest(folder, KIND)
-        before = json.loads((staged_folder / "current.json").read_text(encoding="utf-8"))
+        before = json.loads((work.folder / "current.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     sizes = {shard["file"]: shard["file_bytes"] for shard in manifest.get("shards", [])}
     there = {path.name: path.stat().st_size for path in folder.glob("*-*.parquet")}
-    return before == state and sizes == there
+    there_too = not work.corpus.repositories or repositories_of(folder).is_dir()
+    are_staged = all(s.path.exists() for s in work.staged)
+    return before == state and sizes == there and there_too and are_staged
 
 
 def _stage(work: _Work, console: Console, ray: str | None) -> None:
@@ -233,10 +234,6 @@ def _on_ray(address: str, waiting: list[str]) -> Iterator[None]:
     """Stage units as tasks of a Ray cluster, which starts those of a lost node again.
 
     Plain tasks, for Daft's runner has one Python process on each node, whatever its cores.
-
-    Raises:
-        ValueError: Ray is not installed, or no cluster answers there.
-        RuntimeError: a task failed in the end.
     """
     try:
         import ray  # pyright: ignore[reportMissingImports]
@@ -277,12 +274,8 @@ def _build(work: _Work, folder: Path, console: Console) -> dict[str, Any]:
         raise ValueError("corpus.hold_out names every package: nothing is left to train on")
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("writing shards", total=selection.n_rows)
-        shards = write_shards(
-            selection.parts,
-            selection.kept_bytes,
-            folder,
-            lambda n_rows: progress.advance(task, n_rows),
-        )
+        advance = partial(progress.advance, task)
+        shards = write_shards(selection.parts, selection.kept_bytes, folder, advance)
     write_signatures(selection, folder)
     return _contents(work, selection, shards) | {"dropped": drops}
 
@@ -316,8 +309,8 @@ def _contents(work: _Work, selection: Selection, shards: list[dict[str, Any]]) -
 
 
 def _remove_others(work: _Work) -> None:
-    """Delete staged files that belong to nothing any more."""
-    wanted = {s.path.name for s in work.staged}
+    """Delete staged files that belong to nothing, or are to be made again by the next run."""
+    wanted = {s.path.name for s in work.staged if not count_in(s.path, "n_unreached")}
     wanted |= {Path(work.settings.block_list).name, "current.json"}
     for path in work.folder.iterdir():
         if path.name not in wanted:

@@ -1,7 +1,6 @@
 """Repositories: all files of one repository as one document, in the order of their dependencies.
 
-For training on long contexts: what a file imports stands before it, so that a context of 16,384
-tokens holds files that belong together. Each file is headed by a comment with its path.
+For long contexts: what a file imports stands before it. Each is headed by a comment with its path.
 
 In: a corpus folder. Out: another corpus folder, whose documents are repositories or parts of them.
 """
@@ -22,11 +21,23 @@ from codellama.data.imports import imported_names
 from codellama.data.split import unit_hash
 
 PART_BYTES = 400_000  # about 100,000 tokens; a larger repository becomes several documents
-# Languages whose comments begin with two slashes.
-_SLASHES = frozenset(
-    """c cpp csharp java javascript typescript jsx go rust swift kotlin scala php dart d zig cuda
-    groovy objective-c solidity protobuf""".split()  # noqa: SIM905
-)
+# A line that is a comment, of languages where `# ` begins none.
+_FORMS = {
+    "// {}": "asciidoc c cpp csharp cuda d dart delphi fsharp glsl go groovy haxe hlsl java "
+    "javascript jsonnet jsx kotlin less objective-c objective-c++ protobuf rust scala scss "
+    "solidity stata swift systemverilog tsx typescript typst v vala verilog wgsl zig",
+    "-- {}": "ada agda eiffel elm haskell idris lean lean4 lua luau mysql plpgsql postgresql "
+    "purescript sql sqlite3 transact-sql tsql vhdl",
+    "; {}": "clojure clojurescript common-lisp emacs-lisp fennel hylang llvm nasm racket scheme",
+    "% {}": "bibtex erlang matlab octave postscript prolog tex",
+    "! {}": "fortran fortranfixed",
+    "' {}": "qbasic vb.net vbscript",
+    "/* {} */": "css rexx sas",
+    "(* {} *)": "coq isabelle mathematica modula2 ocaml sml",
+    "<!-- {} -->": "html markdown notebook svelte svg vue xml xslt",
+    "<?php // {} ?>": "php",
+}
+_COMMENTS = {language: form for form, names in _FORMS.items() for language in names.split()}
 
 
 def write_repositories(corpus: Path, folder: Path) -> None:
@@ -62,9 +73,13 @@ def _rows(reader: CorpusReader, split: Split) -> Iterator[dict[str, Any]]:
     """One row for each part of each repository, in an order by hash."""
     names = ("source", "repository", "path", "language", "licence", "kind")
     columns = {name: reader.column(name) for name in names}
+    # Rows of a table without a column for it are of no repository.
+    sources = reader.manifest["config"]["sources"]
+    none = {(s["name"], s["name"]) for s in sources if s["kind"] in ("parquet", "jsonl")}
     members: dict[tuple[str, str], list[int]] = {}
     for index, key in enumerate(zip(columns["source"], columns["repository"], strict=True)):
-        members.setdefault(key, []).append(index)
+        if key not in none:
+            members.setdefault(key, []).append(index)
     for source, repository in sorted(members, key=lambda key: unit_hash(0, "/".join(key))):
         indices = {columns["path"][i]: i for i in members[source, repository]}
         texts = {path: reader.text(i) for path, i in indices.items()}
@@ -77,7 +92,8 @@ def _rows(reader: CorpusReader, split: Split) -> Iterator[dict[str, Any]]:
             n_bytes += len(texts[path])
             if n_bytes < PART_BYTES and number + 1 < len(ordered):
                 continue
-            text = "\n\n".join(f"{_comment(languages[p], p)}\n{texts[p]}" for p in part)
+            heads = {p: _COMMENTS.get(languages[p], "# {}").format(p) for p in part}
+            text = "\n\n".join(f"{heads[p]}\n{texts[p]}" for p in part)
             content = text.encode()
             kept = [indices[p] for p in part]
             yield {
@@ -100,34 +116,22 @@ def _most(values: Iterator[str]) -> str:
     return max(sorted(set(found)), key=found.count)
 
 
-def _comment(language: str, path: str) -> str:
-    if language in ("markdown", "html", "xml", "vue"):
-        return f"<!-- {path} -->"
-    return f"// {path}" if language in _SLASHES else f"# {path}"
-
-
 def dependency_order(texts: dict[str, str], languages: dict[str, str]) -> list[str]:
     """Paths so that a file stands behind those that it imports; else, and in circles, by path."""
     resolve = _Resolver(texts)
     order: list[str] = []
-    state: dict[str, bool] = {}  # False while a file waits for what it imports
-    for start in sorted(texts):
-        stack: list[tuple[str, Iterator[str]]] = []  # our own: chains are longer than Python's
-        if start not in state:
-            stack.append((start, resolve.imports(start, texts[start], languages[start])))
-            state[start] = False
-        while stack:
-            path, waiting = stack[-1]
-            following = next((p for p in waiting if p not in state), None)
-            if following is None:
-                stack.pop()
-                state[path] = True
-                order.append(path)
-            else:
-                state[following] = False
-                found = resolve.imports(following, texts[following], languages[following])
-                stack.append((following, found))
-    return order
+    seen: set[str] = set()
+    # Our own stack, for chains are longer than Python's; at its bottom a file that imports all.
+    stack = [("", iter(sorted(texts)))]
+    while stack:
+        following = next((path for path in stack[-1][1] if path not in seen), None)
+        if following is None:
+            order.append(stack.pop()[0])
+        else:
+            seen.add(following)
+            found = resolve.imports(following, texts[following], languages[following])
+            stack.append((following, found))
+    return order[:-1]
 
 
 class _Resolver:

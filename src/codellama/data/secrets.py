@@ -1,8 +1,7 @@
 """Secrets and personal data: keys, tokens, passwords, e-mail and IP addresses out of a text.
 
 Each is replaced by a placeholder of its type, and nothing else of the text changes. The patterns
-are those that the issuers document, and tight: a name that merely looks random stays. RE2 tells in
-one pass whether there may be any, which is what makes it fast.
+are those that the issuers document, and tight: a name that merely looks random stays.
 
 In: a text. Out: the text and how many of each type were replaced.
 """

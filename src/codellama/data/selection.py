@@ -80,14 +80,13 @@ class Selection:
         return drops
 
     def _name(self, row: int) -> str:
-        fields = {name: self.table.column(name)[row].as_py() for name in (*_LIGHT[:2], "detail")}
-        where = f"{fields['repository']}/{fields['path']}"
-        detail = fields["detail"]
+        def where(row: int) -> str:
+            return "/".join(self.table.column(name)[row].as_py() for name in _LIGHT[:2])
+
+        detail = self.table.column("detail")[row].as_py()
         if self.reason[row] == "near duplicate" and self.stands_for[row] >= 0:
-            other = int(self.stands_for[row])
-            names = [self.table.column(name)[other].as_py() for name in ("repository", "path")]
-            detail = f"like {'/'.join(names)}"
-        return f"{where} ({detail})" if detail else where
+            detail = f"like {where(int(self.stands_for[row]))}"
+        return f"{where(row)} ({detail})" if detail else where(row)
 
     def counts(self) -> dict[str, Any]:
         """Documents and bytes by split, source, kind, language and licence; sizes of clusters."""
@@ -105,7 +104,7 @@ class Selection:
         none = {"n_documents": 0, "n_bytes": 0}
         of_split, of_source = by("split"), by("source")
         n_files = np.bincount(table.column("source").to_numpy(), minlength=len(names))
-        repository = _strings(self.table, "repository")
+        repository = self.table.column("repository").to_numpy()
         held = set(repository[self.split == VALIDATION])
         sizes = np.bincount(self.stands_for[self.stands_for >= 0], minlength=1)
         redacted = Counter(pc.list_flatten(kept.column("redacted")).to_pylist())
@@ -142,10 +141,6 @@ class Selection:
         return digest.hexdigest()
 
 
-def _strings(table: pa.Table, name: str) -> np.ndarray:
-    return table.column(name).to_numpy()
-
-
 def select(corpus: Corpus, staged: list[Staged], folder: Path) -> Selection:
     """Decide what stays, over all sources and against other corpora.
 
@@ -165,9 +160,8 @@ def select(corpus: Corpus, staged: list[Staged], folder: Path) -> Selection:
         for number, part in enumerate(staged):
             table, place = _read_light(part, near is not None, n_signatures, file)
             n_signatures += int((place >= 0).sum())
-            n_other[part.unit.source] += _n_other(part.path)
-            columns = {"source": part.source, "part": number}
-            for name, value in columns.items():
+            n_other[part.unit.source] += count_in(part.path, "n_other")
+            for name, value in (("source", part.source), ("part", number)):
                 table = table.append_column(name, pa.array(np.full(len(table), value, np.int32)))
             table = table.append_column("row", pa.array(np.arange(len(table))))
             tables.append(table.append_column("place", pa.array(place)))
@@ -180,13 +174,13 @@ def select(corpus: Corpus, staged: list[Staged], folder: Path) -> Selection:
     keys = [(name, "ascending") for name in ("source", "repository", "path", "part", "row")]
     table = table.take(pc.sort_indices(table, keys)).combine_chunks()
     place = table.column("place").to_numpy()
-    reason = np.array(_strings(table, "reason"), object)
+    reason = np.array(table.column("reason").to_numpy(), object)
     rows = Rows(
         table.column("source").to_numpy(),
-        _strings(table, "repository"),
+        table.column("repository").to_numpy(),
         reason,
         _keys(table.column("key")),
-        _strings(table, "sha256"),
+        table.column("sha256").to_numpy(),
         table.column("n_bytes").to_numpy(),
         place,
     )
@@ -221,8 +215,9 @@ def _read_light(part: Staged, near: bool, begin: int, file: Any) -> tuple[pa.Tab
     return table, place
 
 
-def _n_other(path: Path) -> int:
-    return int((pq.read_metadata(path).metadata or {}).get(b"n_other", b"0"))
+def count_in(path: Path, name: str) -> int:
+    """A count that a staged file carries."""
+    return int((pq.read_metadata(path).metadata or {}).get(name.encode(), b"0"))
 
 
 def _keys(column: pa.ChunkedArray) -> np.ndarray:

@@ -1,8 +1,7 @@
 """Shuffling: the kept documents of many files into shards, in the order of their hashes.
 
 Readers that go in order then meet all sources evenly. The texts pass through buckets on disk, each
-of a range of hashes and small enough to be sorted in memory, so that memory does not grow with the
-corpus.
+of a range of hashes and small enough to be sorted in memory.
 
 In: staged files and, for each row, its split and hash. Out: shards in a corpus folder.
 """

@@ -1,8 +1,7 @@
 """Sources: which files a source wants, and the documents of one unit of work.
 
 A unit is what one worker reads in one go: a few hundred files of a tree, some blobs of a git
-repository, an archive or a table. Which units there are is `listing`'s; it judges no text (that is
-`filters`) and runs nothing.
+repository, an archive or a table, or a part of one. Which there are is `listing`'s.
 
 In: a `Unit`. Out: its documents, bytes or a reason, from `read_unit`.
 """
@@ -17,7 +16,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import BinaryIO, Literal, NamedTuple, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from codellama.data import archives
 from codellama.data.archives import END, RawDocument
@@ -128,9 +127,8 @@ def _contained(unit: Unit, source: Source, max_bytes: int) -> Iterator[RawDocume
         if unit.reader == "table":
             found = archives.read_table(file, unit.name, source, max_bytes, part)
         else:
-            wanted = partial(takes, source)
-            found = archives.read_archive(file, unit.name, wanted, max_bytes, part)
-        yield from archives.up_to_damage(found, unit.name)
+            found = archives.read_archive(file, unit.name, partial(takes, source), max_bytes, part)
+        yield from archives.up_to_damage(found, unit.name, file)
 
 
 def open_location(location: str) -> BinaryIO:
@@ -143,7 +141,24 @@ def open_location(location: str) -> BinaryIO:
         return open(open_regular(os.fsencode(location)), "rb")
     import daft
 
-    return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, daft.open_file(location, "rb", 0))))
+    return cast(BinaryIO, io.BufferedReader(cast(Any, _Remote(daft.open_file(location, "rb", 0)))))
+
+
+class _Remote:
+    """A remote file that keeps the error of its network, which readers take for damage."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.error = file, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return self._file.readinto(buffer)
+        except Exception as error:
+            self.error = error
+            raise
 
 
 def open_regular(location: bytes) -> int:

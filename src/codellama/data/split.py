@@ -1,7 +1,6 @@
 """The choice: which examined documents are trained on, which are held out, which are duplicates.
 
-Whole packages are held out, for files of one package resemble each other. It decides on names,
-hashes and signatures alone and never sees a text.
+Whole packages are held out, for files of one package resemble each other. No text is seen.
 
 In: the columns of the examined files, in the order of the sources and then by repository and path.
 Out: for each row `train`, `validation` or None, and the row that stands for it.

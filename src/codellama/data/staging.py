@@ -2,9 +2,8 @@
 
     unit -> documents -> filters -> secrets -> benchmarks -> keys and signatures -> file
 
-A file is named after everything that decides its content and renamed when it is whole, so that one
-that exists is never made again: that is how an interrupted run resumes and how a new source leaves
-the others alone. Units are independent of each other; any process that sees the folder can do one.
+A file is named after everything that decides its content, so that one that exists is never made
+again: that is how an interrupted run resumes and how a new source leaves the others alone.
 
 In: a `Unit` and the settings. Out: FOLDER/KEY.parquet with the columns of `columns()`.
 """
@@ -24,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from codellama.data.archives import RawDocument
+from codellama.data.archives import UNWANTED, RawDocument
 from codellama.data.corpus import REPEATED
 from codellama.data.decontaminate import BlockList, cut
 from codellama.data.dedup import KEY_BYTES, normalised_key
@@ -33,10 +32,10 @@ from codellama.data.filters import judge_bytes, judge_path
 from codellama.data.languages import kind_of, language_of
 from codellama.data.near_dedup import signatures
 from codellama.data.secrets import redact
-from codellama.data.sources import Entry, Unit, read_unit, takes_language
+from codellama.data.sources import REMOTE, Entry, Unit, read_unit, takes_language
 from codellama.recipe import Filters, NearDuplicates, Source
 
-VERSION = 3  # of the rules below and in the modules they call: a change of meaning raises it
+VERSION = 4  # of the rules below and in the modules they call: a change of meaning raises it
 BATCH_BYTES = 4_000_000  # of text, which a worker holds at a time
 REJECT_BYTES = 20_000  # of a rejected document, where those are kept
 
@@ -81,7 +80,7 @@ def stage_unit(unit: Unit, source: Source, settings: Settings, folder: Path, key
     near = settings.near_duplicates
     schema = columns(near.n_hashes if near else 0)
     temporary = folder / f".{key}.{os.getpid()}.tmp"
-    n_other = 0
+    n_other = n_unreached = 0
     try:
         with pq.ParquetWriter(
             temporary, schema, compression="zstd", compression_level=1, use_dictionary=REPEATED
@@ -91,13 +90,15 @@ def stage_unit(unit: Unit, source: Source, settings: Settings, folder: Path, key
             for raw in read_unit(unit, source, settings.filters.max_bytes):
                 found = list(_examined(raw, source, settings))
                 n_other += not found
+                n_unreached += raw.reason == "unavailable" and bool(REMOTE.match(unit.location))
                 rows += found
                 n_bytes += sum(len(row["text"] or "") + len(row["rejected"] or "") for row in found)
                 if n_bytes >= BATCH_BYTES or len(rows) >= 8192:
                     writer.write_table(_table(rows, schema, near))
                     rows, n_bytes = [], 0
             writer.write_table(_table(rows, schema, near))
-            writer.add_key_value_metadata({"n_other": str(n_other)})
+            counts = {"n_other": str(n_other), "n_unreached": str(n_unreached)}
+            writer.add_key_value_metadata(counts)
         temporary.replace(folder / f"{key}.parquet")
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -125,6 +126,8 @@ def _table(rows: list[dict[str, Any]], schema: pa.Schema, near: NearDuplicates |
 
 def _examined(raw: RawDocument, source: Source, settings: Settings) -> Iterator[dict[str, Any]]:
     """The rows of one file: none if the source does not want it, else it and its docstrings."""
+    if raw.reason == UNWANTED:
+        return
     language = raw.language or language_of(raw.path, raw.content[:200])
     if source.kind in ("parquet", "jsonl"):
         # A row is wanted unless it is known to be in another language.
@@ -144,7 +147,8 @@ def _examined(raw: RawDocument, source: Source, settings: Settings) -> Iterator[
         "licence": source.licence if raw.licence in (None, "", "unknown") else raw.licence,
         "detail": raw.detail or None,
     }
-    if language == "notebook" and raw.reason is None:
+    is_whole = len(raw.content) <= settings.filters.max_bytes
+    if language == "notebook" and raw.reason is None and is_whole:
         content = notebook_text(raw.content)
         if content is None:
             raw.reason = "does not parse"
@@ -155,23 +159,21 @@ def _examined(raw: RawDocument, source: Source, settings: Settings) -> Iterator[
     if source.docstrings and language == "python" and result["text"] is not None:
         prose = docstrings(result["text"])
         if prose:
-            about = row | {
-                "path": f"{raw.path}#docstrings",
-                "kind": "code-text",
-                "language": "text",
-            }
-            yield _judged(about, RawDocument(about["path"], prose.encode()), settings)
+            about = {"path": f"{raw.path}#docstrings", "kind": "code-text", "language": "text"}
+            text = RawDocument(about["path"], prose.encode())
+            yield _judged(row | about | {"licence": result["licence"]}, text, settings)
 
 
 def _judged(row: dict[str, Any], raw: RawDocument, settings: Settings) -> dict[str, Any]:
     """One row of the staged file: the text with its keys, or the reason why there is none."""
     filters, is_code = settings.filters, row["kind"] == "code"
+    licence: str | None = row["licence"]
     text, reason = None, raw.reason or judge_path(row["path"], row["licence"], filters)
     redacted: list[str] = []
     hits: tuple[str, ...] = ()
     if not reason:
-        verdict = judge_bytes(raw.content, filters, row["language"], is_code)
-        text, reason = verdict.text, verdict.reason
+        verdict = judge_bytes(raw.content, filters, row["language"], is_code, licence)
+        text, reason, licence = verdict.text, verdict.reason, verdict.licence or licence
     if text is not None and settings.block_list:
         found = BlockList.load(Path(settings.block_list)).find(text, is_code)
         hits = found.benchmarks
@@ -189,6 +191,7 @@ def _judged(row: dict[str, Any], raw: RawDocument, settings: Settings) -> dict[s
         rejected = raw.content[:REJECT_BYTES].decode("utf-8", "replace")
     content = text.encode() if text is not None else b""
     return row | {
+        "licence": licence,
         "text": text,
         "reason": reason,
         "n_bytes": len(content),
