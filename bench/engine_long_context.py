@@ -23,6 +23,7 @@ import torch
 
 from codellama import Engine, SamplingParams
 from codellama.engine.cache import PagedCache
+from codellama.engine.generator import Ask
 from codellama.model.config import ModelConfig
 from codellama.model.transformer import Transformer
 
@@ -56,16 +57,13 @@ def measure(n_tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     prompt = torch.randint(259, config.vocab_size - 8, (n_tokens,)).tolist()
     begin = time.perf_counter()
     moments: list[float] = []
-    generation = engine.submit(
-        prompt,
-        SamplingParams(max_tokens=NEW_TOKENS),
-        (),
-        lambda: moments.append(time.perf_counter()),
-    )
-    while generation.sequence.n_prompt == len(generation.sequence.tokens):
+    sequence = engine._sequence(Ask(prompt, params=SamplingParams(max_tokens=NEW_TOKENS)))
+    engine._batcher.submit(sequence, lambda: moments.append(time.perf_counter()), True)
+    while sequence.n_prompt == len(sequence.tokens):
         time.sleep(0.001)
     first = time.perf_counter()
-    engine._batcher.wait_until_idle()
+    if (thread := engine._batcher._thread) is not None:
+        thread.join()
     end = time.perf_counter()
     dtype = torch.int8 if options.cache == "int8" else torch.bfloat16
     peak = memory.stop()["anonymous_peak_bytes"]

@@ -42,6 +42,7 @@ import torch
 
 from codellama import Engine, SamplingParams
 from codellama.engine.engine import SHIPPED_MODEL
+from codellama.engine.generator import Ask
 from codellama.engine.native import gather
 from codellama.model.config import ModelConfig
 from codellama.weights import convert, load
@@ -150,16 +151,18 @@ def run_engine(engine: Engine, prompts: list[list[int]], n_new: int, clock: Cloc
     params = SamplingParams(max_tokens=n_new)
     news: SimpleQueue[int] = SimpleQueue()
     begin = clock()
-    generations = [engine.submit(p, params, (), lambda: news.put(0), False) for p in prompts]
-    waiting = generations
+    sequences = [engine._sequence(Ask(prompt, params=params)) for prompt in prompts]
+    for sequence in sequences:
+        engine._batcher.submit(sequence, lambda: news.put(0), False)
+    waiting = sequences
     while waiting:  # the listener tells of text, and the first token may not bring any
-        waiting = [g for g in waiting if len(g.sequence.tokens) == g.sequence.n_prompt]
+        waiting = [s for s in waiting if len(s.tokens) == s.n_prompt]
         time.sleep(0.0002)
     first = clock()
-    for _ in generations:
+    for _ in sequences:
         news.get()
     end = clock()
-    assert all(len(g.read().token_ids) == n_new for g in generations)
+    assert all(len(sequence.token_ids) == n_new for sequence in sequences)
     return first - begin, end - first
 
 

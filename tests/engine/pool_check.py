@@ -1,4 +1,4 @@
-"""What must hold of a block pool at any time."""
+"""What must hold of a block pool at any time, and the end of what runs."""
 
 
 def check(pool, holders):
@@ -14,3 +14,9 @@ def check(pool, holders):
     assert pool.n_used == pool.n_blocks - len(unused)
     assert {block: digest for digest, block in pool._known.items()} == pool._digests
     assert set(pool._idle) <= set(pool._digests)
+
+
+def wait_until_idle(engine):
+    """Return once the engine's thread has ended."""
+    if (thread := engine._batcher._thread) is not None:
+        thread.join()

@@ -11,7 +11,7 @@ from faulty_server import Parrot, listening
 from codellama.cli import run_command
 from codellama.engine import Engine, Piece, SamplingParams
 from codellama.engine.endpoint import Endpoint
-from codellama.engine.upstream import Upstream
+from codellama.engine.upstream import FailedError, Upstream
 from codellama.eval import sampling
 from codellama.eval.task import Problem, Prompt, Task
 from codellama.serve import Service, create_app
@@ -163,6 +163,40 @@ def test_busy_servers_get_less_and_none_too_much(parrots):
     assert slow.n_asked + fast.n_asked == 60
     assert slow.n_asked < fast.n_asked / 2
     assert 4 <= max(slow.n_most, fast.n_most) <= 8
+
+
+def test_a_busy_server_is_not_a_broken_one(parrots):
+    """An evaluation waits for it; who has callers of their own hears at once how long to wait."""
+    parrot = parrots[0]
+    endpoint = Endpoint(parrot.url, n_attempts=3)
+    parrot.faults = [429]
+    assert texts_of(endpoint.complete(["abc"])) == ["cba"]
+
+    async def ask():
+        return [piece async for piece in endpoint.pieces("abc", SamplingParams(), ())]
+
+    parrot.faults, parrot.n_asked = [429], 0
+    for _ in range(2):
+        with pytest.raises(FailedError, match="busy") as caught:
+            asyncio.run(ask())
+        assert 0 < caught.value.wait_s <= 1.0  # what the server said
+    assert (endpoint.failure, parrot.n_asked) == (None, 1)
+    time.sleep(caught.value.wait_s)
+    assert "".join(piece.text for piece in asyncio.run(ask())) == "cba"
+
+
+def test_pieces_are_bounded_too(parrots):
+    parrots[0].pause_s = 0.02
+    endpoint = Endpoint(parrots[0].url, max_in_flight=3)
+
+    async def ask():
+        return [piece async for piece in endpoint.pieces("abc", SamplingParams(), ())]
+
+    async def ask_many():
+        return await asyncio.gather(*(ask() for _ in range(12)))
+
+    assert len(asyncio.run(ask_many())) == 12
+    assert parrots[0].n_most == 3
 
 
 def test_cancelling_ends_what_runs(parrots):

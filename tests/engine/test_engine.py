@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import pytest
 import torch
-from pool_check import check
+from pool_check import check, wait_until_idle
 
 from codellama.engine import Engine, SamplingParams
 from codellama.engine.generator import Ask
@@ -38,9 +38,16 @@ def engine(model, small_tokenizer):
     return Engine.of(model, small_tokenizer, max_batch=3)
 
 
+def submit(engine, ids):
+    """A sequence of 60 tokens that nobody waits for."""
+    sequence = engine._sequence(Ask(ids, params=SamplingParams(max_tokens=60)))
+    engine._batcher.submit(sequence, lambda: None, True)
+    return sequence
+
+
 def is_empty(engine):
     """Whether nothing runs, waits, or holds a block."""
-    engine._batcher.wait_until_idle()
+    wait_until_idle(engine)
     check(engine._scheduler.pool, [])
     assert not engine._batcher._listeners
     assert not engine._batcher._streamed
@@ -153,7 +160,7 @@ def test_closing_a_stream_frees_its_blocks(engine, monkeypatch):
     next(stream)
     assert engine._scheduler.pool.n_used
     stream.close()
-    engine._batcher.wait_until_idle()  # the pass that was under way, and no other
+    wait_until_idle(engine)  # the pass that was under way, and no other
     assert engine._scheduler.pool.n_used == 0
     assert is_empty(engine)
 
@@ -259,15 +266,12 @@ def test_cancelled_at_any_moment(engine, monkeypatch):
     slow_down(engine, monkeypatch, 0.001)
     ids = engine.tokenizer.encode(PROMPTS[2], bos=True)
     for n in range(30):
-        victims = [
-            engine.submit([*ids, n], SamplingParams(max_tokens=60), (), lambda: None)
-            for _ in range(4)
-        ]
-        timer = threading.Timer(0.001 * n, lambda v=victims: [g.cancel() for g in v])
+        victims = [submit(engine, [*ids, n]) for _ in range(4)]
+        timer = threading.Timer(0.001 * n, engine._batcher.cancel, [victims])
         timer.start()
         assert engine.complete(PROMPTS[:1], params)[0] == expected
         timer.join()
-        assert {g.read().finish_reason for g in victims} <= {"cancelled", "length"}
+        assert {sequence.finish_reason for sequence in victims} <= {"cancelled", "length"}
     assert is_empty(engine)
 
 
@@ -395,8 +399,7 @@ def test_stop_string_that_begins_another(engine):
 def test_ten_thousand_queued_requests(engine):
     """Queued and cancelled without a step for each."""
     ids = engine.tokenizer.encode(PROMPTS[0], bos=True)
-    params = SamplingParams(max_tokens=60)
-    generations = [engine.submit(ids, params, (), lambda: None) for _ in range(10_000)]
+    sequences = [submit(engine, ids) for _ in range(10_000)]
     engine.cancel()
-    assert {g.read().finish_reason for g in generations} <= {"cancelled", "length"}
+    assert {sequence.finish_reason for sequence in sequences} <= {"cancelled", "length"}
     assert is_empty(engine)

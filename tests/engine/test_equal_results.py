@@ -5,6 +5,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from pool_check import wait_until_idle
 from rounding import has_tiles, multiplied
 
 from codellama.engine import Engine, SamplingParams
@@ -85,7 +86,7 @@ def test_greedy_equals_reference(options, long_model, small_tokenizer, expected)
     for _ in range(2):  # the second time, much is there already
         results = engine.complete(texts, GREEDY)
         assert [list(result.token_ids) for result in results] == expected
-    engine._batcher.wait_until_idle()
+    wait_until_idle(engine)
     assert engine._scheduler.pool.n_used == 0
     guessing = engine._batcher._speculator
     if options.get("max_guesses") == 0:

@@ -10,36 +10,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from codellama.engine.runner import Chosen, Runner
 from codellama.engine.scheduler import Scheduler
-from codellama.engine.sequence import Piece, Sequence
+from codellama.engine.sequence import Sequence
 from codellama.engine.speculate import Speculator
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Generation:
-    """A submitted sequence as its caller sees it."""
-
-    sequence: Sequence
-    batcher: Batcher
-
-    def read(self) -> Piece:
-        """What came since the last call.
-
-        Raises:
-            Exception: what made it fail.
-        """
-        with self.batcher.lock:
-            return self.sequence.read()
-
-    def cancel(self) -> None:
-        """End it now, with what there is; its blocks are free at once."""
-        self.batcher.cancel([self])
+def where(error: BaseException) -> str:
+    """Kind and place of an error for a log; no message and no path, which may tell of people."""
+    frames = traceback.walk_tb(error.__traceback__)
+    places = [f"{f.f_globals.get('__name__')}.{f.f_code.co_name}:{line}" for f, line in frames]
+    return f"{type(error).__name__} in {', '.join(places)}"
 
 
 class Batcher:
@@ -53,16 +39,13 @@ class Batcher:
         self._runner, self._speculator = runner, speculator
         self._listeners: dict[Sequence, Callable[[], object]] = {}
         self._streamed: set[Sequence] = set()
-        self._plan: list[tuple[Sequence, int]] = []
         self._in_step: set[Sequence] = set()
         """What the pass that runs now reads and writes; its blocks must stay until it ends."""
         self._thread: threading.Thread | None = None
         self.failure: str | None = None
         """Why the thread died, after which nothing can run any more."""
 
-    def submit(
-        self, sequence: Sequence, listener: Callable[[], object], every_step: bool
-    ) -> Generation:
+    def submit(self, sequence: Sequence, listener: Callable[[], object], every_step: bool) -> None:
         """Queue a sequence.
 
         Args:
@@ -74,13 +57,12 @@ class Batcher:
             ValueError: the sequence can never fit in the cache.
             RuntimeError: the thread died.
         """
-        generation = Generation(sequence, self)
         with self.lock:
             if self.failure is not None:
                 raise RuntimeError(self.failure)
             if sequence.finish_reason is not None:  # nothing was asked for
                 listener()
-                return generation
+                return
             self.scheduler.add(sequence)
             self._listeners[sequence] = listener
             if every_step:
@@ -88,25 +70,14 @@ class Batcher:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="codellama-engine")
                 self._thread.start()
-        return generation
 
-    def cancel(self, generations: Iterable[Generation] | None = None) -> None:
-        """End some generations, or all; those that are finished are left as they are."""
+    def cancel(self, sequences: Iterable[Sequence] | None = None) -> None:
+        """End some sequences, or all; those that are finished are left as they are."""
         with self.lock:
-            if generations is None:
-                sequences = list(self._listeners)
-            else:
-                sequences = [generation.sequence for generation in generations]
-            for sequence in sequences:
-                if sequence.finish_reason is None:
+            for sequence in list(self._listeners if sequences is None else sequences):
+                if sequence in self._listeners:
                     sequence.cancel()
                     self._finish(sequence)
-
-    def wait_until_idle(self) -> None:
-        """Return once the thread has ended."""
-        thread = self._thread
-        if thread is not None:
-            thread.join()
 
     def _work(self) -> None:
         """Run steps until nothing is left; if that itself fails, everyone hears of it."""
@@ -114,7 +85,7 @@ class Batcher:
             while self._try_step():
                 pass
         except BaseException as error:  # noqa: BLE001  as in a step
-            _log.exception("the engine has stopped")
+            _log.error("the engine has stopped: %s", where(error))
             with self.lock:
                 self.failure = f"the engine has stopped: {type(error).__name__}: {error}"
                 for sequence, listener in self._listeners.items():
@@ -123,13 +94,12 @@ class Batcher:
                 self._listeners.clear()
 
     def _try_step(self) -> bool:
-        self._plan = []
         try:
             return self._step()
         except Exception as error:  # noqa: BLE001  whatever it is, its callers must hear of it
             with self.lock:
-                self._in_step = set()
-                for sequence in [s for s, _ in self._plan] or list(self._listeners):
+                failed, self._in_step = self._in_step or set(self._listeners), set()
+                for sequence in failed:
                     self.scheduler.remove(sequence)  # also one that was cancelled meanwhile
                     self._fail(sequence, error)
             return True
@@ -140,14 +110,14 @@ class Batcher:
             running = list(self.scheduler.running)
         self._speculator.prepare(running)
         with self.lock:
-            plan = self._plan = self.scheduler.schedule()
+            plan = self.scheduler.schedule()
             if not plan:
                 self._thread = None
                 return False
             drafts = [len(sequence.draft) for sequence, _ in plan]
             self._in_step = {sequence for sequence, _ in plan}
         begin = time.perf_counter()
-        results = self._runner.run(plan)
+        results = self._run(plan)
         duration_s = time.perf_counter() - begin
         with self.lock:
             self._in_step = set()
@@ -155,13 +125,23 @@ class Batcher:
                 sequence.draft = []
                 if sequence.finish_reason is not None:  # cancelled meanwhile
                     self.scheduler.remove(sequence)
-                elif isinstance(result, ValueError):
-                    self._fail(sequence, result)
-                else:
+                    continue
+                try:
+                    if isinstance(result, Exception):
+                        raise result
                     self._accept(sequence, n_tokens, result)
-            given = [[] if isinstance(result, ValueError) else result for result in results]
+                except Exception as error:  # noqa: BLE001  as in a step; a grammar may raise
+                    self._fail(sequence, error)
+            given = [[] if isinstance(result, Exception) else result for result in results]
             self._speculator.note(plan, drafts, given, duration_s)
         return True
+
+    def _run(self, plan: list[tuple[Sequence, int]]) -> list[Chosen | Exception]:
+        """A step's results; where it fails as a whole, each sequence's own."""
+        try:
+            return list(self._runner.run(plan))
+        except Exception as error:  # noqa: BLE001  as in a step
+            return [error] if len(plan) == 1 else [r for one in plan for r in self._run([one])]
 
     def _accept(self, sequence: Sequence, n_tokens: int, chosen: Chosen) -> None:
         n_before = len(sequence.tokens)

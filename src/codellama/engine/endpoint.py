@@ -64,10 +64,15 @@ class Endpoint(Generator):
         self._upstreams = [Upstream(url, model, tokenizer) for url in urls]
         self.tokenizer = tokenizer
         self._n_in_flight, self._n_attempts = max_in_flight * len(urls), n_attempts
-        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._timeout = httpx.Timeout(timeout_s, connect=CONNECT_S, pool=None)
+        self._settings: dict[str, Any] = {
+            "headers": {"authorization": f"Bearer {api_key}"} if api_key else {},
+            "timeout": httpx.Timeout(timeout_s, connect=CONNECT_S, pool=None),
+            "limits": httpx.Limits(max_connections=None),
+        }
+        # Connections and semaphores belong to a loop.
         self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient]
-        self._clients = WeakKeyDictionary()  # connections belong to a loop
+        self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]
+        self._clients, self._places = WeakKeyDictionary(), WeakKeyDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def score(self, prompts: Sequence[Prompt]) -> list[list[float]]:
@@ -98,8 +103,11 @@ class Endpoint(Generator):
         stop_ids: Sequence[int],
         whole: bool = False,
     ) -> AsyncGenerator[Piece]:
-        """As `Engine.pieces`; what comes whole can be asked of another server until its end."""
-        return self._pieces(Ask(prompt, stop_ids, params=params), streams=not whole)
+        """As `Engine.pieces`, or a FailedError where servers are busy, for which it does not wait.
+
+        What comes whole can be asked of another server until its end.
+        """
+        return self._pieces(Ask(prompt, stop_ids, params=params), not whole, waits=False)
 
     def cancel(self) -> None:
         """End all that was asked through this, except `pieces`; callers get what there is."""
@@ -146,8 +154,8 @@ class Endpoint(Generator):
         tasks: set[asyncio.Task[None]] = set()
         stack.callback(self._cancel, tasks)
 
-        async def collect(number: int, ask: Ask, limit: asyncio.Semaphore) -> None:
-            async with limit, aclosing(self._pieces(ask, every_step)) as pieces:
+        async def collect(number: int, ask: Ask) -> None:
+            async with aclosing(self._pieces(ask, every_step)) as pieces:
                 async for piece in pieces:
                     put(number, piece)
 
@@ -159,53 +167,55 @@ class Endpoint(Generator):
                 put(number, error)
 
         async def start() -> None:
-            limit = asyncio.Semaphore(self._n_in_flight)
             for number, ask in enumerate(asks):
-                task = asyncio.ensure_future(collect(number, ask, limit))
+                task = asyncio.ensure_future(collect(number, ask))
                 task.add_done_callback(functools.partial(note_end, number))
                 tasks.add(task)
             self._tasks.update(tasks)
 
         self._wait(start())
 
-    async def _pieces(self, ask: Ask, streams: bool) -> AsyncGenerator[Piece]:
+    async def _pieces(self, ask: Ask, streams: bool, waits: bool = True) -> AsyncGenerator[Piece]:
         """The pieces of a text from whichever server gives it."""
         if ask.params.max_tokens == 0:  # some servers refuse it, others take it for no limit
             yield Piece("", (), (), (), "length", 0)
             return
         tried: set[Upstream] = set()
-        for n_left in reversed(range(self._n_attempts)):
-            now = time.monotonic()
-            upstream = min(
-                self._upstreams, key=lambda u: (u in tried, u.resting_until > now, len(u.busy))
-            )
-            if upstream.resting_until > now:
-                await asyncio.sleep((upstream.resting_until - now) * random.uniform(1, 1.2))
-            tried.add(upstream)
-            has_begun, place = False, object()
-            upstream.busy.add(place)
-            try:
-                async with aclosing(upstream.pieces(self._client(), ask, streams)) as pieces:
-                    async for piece in pieces:
-                        has_begun = True
-                        yield piece
-                upstream.note(None)
-                return
-            except (httpx.HTTPError, FailedError) as error:
-                upstream.note(error)
-                if has_begun or not n_left:
-                    reason = str(error) or type(error).__name__
-                    raise ConnectionError(f"{upstream.url}: {reason}") from None
-            finally:
-                upstream.busy.discard(place)
+        places = asyncio.Semaphore(self._n_in_flight)
+        async with self._places.setdefault(asyncio.get_running_loop(), places):
+            for n_left in reversed(range(self._n_attempts)):
+                now = time.monotonic()
+                upstream = min(
+                    self._upstreams, key=lambda u: (u in tried, u.resting_until > now, len(u.busy))
+                )
+                if not waits and upstream.busy_until > now:
+                    raise FailedError(f"{upstream.url}: busy", upstream.busy_until - now, True)
+                if upstream.resting_until > now:
+                    await asyncio.sleep((upstream.resting_until - now) * random.uniform(1, 1.2))
+                tried.add(upstream)
+                has_begun, place = False, object()
+                upstream.busy.add(place)
+                try:
+                    async with aclosing(upstream.pieces(self._client(), ask, streams)) as pieces:
+                        async for piece in pieces:
+                            has_begun = True
+                            yield piece
+                    upstream.note(None)
+                    return
+                except (httpx.HTTPError, FailedError) as error:
+                    upstream.note(error)
+                    if not n_left and not waits and upstream.busy_until > now:
+                        raise
+                    if has_begun or not n_left:
+                        reason = str(error) or type(error).__name__
+                        raise ConnectionError(f"{upstream.url}: {reason}") from None
+                finally:
+                    upstream.busy.discard(place)
 
     def _client(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
-            limits = httpx.Limits(max_connections=None)
-            self._clients[loop] = httpx.AsyncClient(
-                headers=self._headers, timeout=self._timeout, limits=limits
-            )
+            self._clients[loop] = httpx.AsyncClient(**self._settings)
         return self._clients[loop]
 
     @functools.cached_property

@@ -12,14 +12,14 @@ import asyncio
 import contextlib
 import functools
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
 
-from codellama.engine.batcher import Batcher, Generation
+from codellama.engine.batcher import Batcher
 from codellama.engine.blocks import BLOCK_TOKENS, BlockPool
 from codellama.engine.cache import PagedCache, available_bytes
 from codellama.engine.generator import Ask, Generator, Prompt, Put
@@ -143,27 +143,6 @@ class Engine(Generator):
         self._check_ids(ids)
         return self._runner.score(list(ids), n_top) if len(ids) > 1 else []
 
-    def submit(
-        self,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        stop_ids: Sequence[int],
-        listener: Callable[[], object],
-        every_step: bool = True,
-    ) -> Generation:
-        """Queue one prompt and return at once; for servers and event loops.
-
-        Args:
-            listener: called from another thread when there is something to `read`; it must return
-                at once.
-            every_step: call it for every piece of text, not at the end only.
-
-        Raises:
-            ValueError: the prompt is empty or longer than the context, or n is not 1.
-        """
-        sequence = self._sequence(Ask(prompt, stop_ids, params=params))
-        return self._batcher.submit(sequence, listener, every_step)
-
     async def pieces(
         self,
         prompt: Sequence[int],
@@ -177,7 +156,7 @@ class Engine(Generator):
             whole: in two pieces, the first and all others, which costs the loop less.
 
         Raises:
-            ValueError: as `submit`.
+            ValueError: the prompt is empty or longer than the context.
             RuntimeError: the engine has stopped, see `failure`.
         """
         loop = asyncio.get_running_loop()
@@ -196,7 +175,8 @@ class Engine(Generator):
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
                 loop.call_soon_threadsafe(news.put_nowait, sequence.error or sequence.read())
 
-        generation, is_done = self._batcher.submit(sequence, tell, True), False
+        self._batcher.submit(sequence, tell, True)
+        is_done = False
         try:
             while not is_done:
                 piece = await news.get()
@@ -206,7 +186,7 @@ class Engine(Generator):
                 yield piece
         finally:
             if not is_done:
-                generation.cancel()
+                self._batcher.cancel([sequence])
 
     @property
     def cache_use(self) -> float:
@@ -223,15 +203,14 @@ class Engine(Generator):
         self._batcher.cancel()
 
     def _write(self, asks: Sequence[Ask], every_step: bool, put: Put, stack: ExitStack) -> None:
-        generations: list[Generation] = []
-        stack.callback(self._batcher.cancel, generations)
+        sequences = list(map(self._sequence, asks))
+        stack.callback(self._batcher.cancel, sequences)
 
         def tell(number: int, sequence: Running) -> None:
             put(number, sequence.error or sequence.read())
 
-        for number, sequence in enumerate(list(map(self._sequence, asks))):
-            listener = functools.partial(tell, number, sequence)
-            generations.append(self._batcher.submit(sequence, listener, every_step))
+        for number, sequence in enumerate(sequences):
+            self._batcher.submit(sequence, functools.partial(tell, number, sequence), every_step)
 
     def _sequence(self, ask: Ask) -> Running:
         prompt: Any = ask.prompt

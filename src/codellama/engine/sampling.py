@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 
 MAX_TOKENS = 2**31 - 1
+MAX_STOPS, MAX_STOP_CHARS = 128, 256  # looked for at every token, while the batch waits
 MAX_BIAS = 100  # what OpenAI's interface allows; a logit so far from the others decides
 _WHOLE = {
     "max_tokens": (0, MAX_TOKENS),
@@ -96,9 +97,12 @@ class SamplingParams:
             _is_whole(self.best_of) and self.n <= self.best_of <= _WHOLE["n"][1]
         ):
             raise ValueError(f"best_of = {self.best_of!r}: expected n = {self.n} or more")
+        if len(stop) > MAX_STOPS:
+            raise ValueError(f"stop: expected at most {MAX_STOPS} texts, got {len(stop)}")
         for text in stop:
-            if not isinstance(text, str) or not text:
-                raise ValueError(f"stop = {text!r}: expected texts that are not empty")
+            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARS:
+                expected = f"texts of 1 to {MAX_STOP_CHARS} characters"
+                raise ValueError(f"stop = {str(text)[:80]!r}: expected {expected}")
 
     def split(self) -> list[SamplingParams]:
         """The settings of each text that is written; each has a seed of its own."""

@@ -124,14 +124,13 @@ class Sequence(Job):
             self._draws.append(self._random.random())
         return self._draws[number]
 
-    def accept(self, token: int, logprob: float, top: TopLogprobs = ()) -> str:
-        """Add a generated token and return the text that became certain with it."""
+    def accept(self, token: int, logprob: float, top: TopLogprobs = ()) -> None:
+        """Add a generated token."""
         if self.matcher is not None:
             if token not in self.stop_ids:
                 self.matcher.consume_token(token)
             if self.matcher.is_error():
-                self.fail(ValueError(f"grammar: {self.matcher.get_error()[:200]}"))
-                return ""
+                return self.fail(ValueError(f"grammar: {self.matcher.get_error()[:200]}"))
         if token in self.stop_ids:
             return self._finish("stop")
         self.tokens.append(token)
@@ -147,7 +146,7 @@ class Sequence(Job):
             return self._finish("stop")
         if self.n_left <= 0:
             return self._finish("length")
-        return self._release(len(self._pending) - self._held_back())
+        self._release(len(self._pending) - self._held_back())
 
     def cancel(self) -> None:
         """End now, with the text so far."""
@@ -179,18 +178,17 @@ class Sequence(Job):
         self._n_read, self._n_chars_read = len(ids), len(self.text)
         return piece
 
-    def _finish(self, reason: str, is_stop_string: bool = False) -> str:
+    def _finish(self, reason: str, is_stop_string: bool = False) -> None:
         self.finish_reason = reason
         if not is_stop_string:
             self._pending += self._decoder.flush()
             if (end := self._find_stop()) is not None:
                 self._pending, self.finish_reason = self._pending[:end], "stop"
-        return self._release(len(self._pending))
+        self._release(len(self._pending))
 
-    def _release(self, n_chars: int) -> str:
-        released, self._pending = self._pending[:n_chars], self._pending[n_chars:]
-        self.text += released
-        return released
+    def _release(self, n_chars: int) -> None:
+        self.text += self._pending[:n_chars]
+        self._pending = self._pending[n_chars:]
 
     def _find_stop(self) -> int | None:
         """Where the first stop string begins in the pending text."""

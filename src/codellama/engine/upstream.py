@@ -32,9 +32,9 @@ _SAME_NAMES = (
 class FailedError(Exception):
     """A server did not answer, or said that it could not now; another may."""
 
-    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
+    def __init__(self, reason: str, wait_s: float = 0.0, is_busy: bool = False) -> None:
         super().__init__(reason)
-        self.wait_s = wait_s
+        self.wait_s, self.is_busy = wait_s, is_busy
 
 
 class Upstream:
@@ -53,7 +53,7 @@ class Upstream:
         self.max_context: int | None = None
         """What it says, once asked."""
         self.busy: set[object] = set()  # one for each request; sets are safe between threads
-        self.resting_until = 0.0
+        self.resting_until = self.busy_until = 0.0
         self.problem: str | None = None
         """What was wrong with its last answer."""
         self._tokenizer = tokenizer
@@ -62,13 +62,15 @@ class Upstream:
 
     def note(self, error: BaseException | None) -> None:
         """Remember how a request went; after failures the server rests, ever longer."""
-        self.problem = None if error is None else str(error) or type(error).__name__
+        is_well = error is None or getattr(error, "is_busy", False)
+        self.problem = None if is_well else str(error) or type(error).__name__
         if error is None:
             self._n_failures = 0
         elif time.monotonic() > self.resting_until:  # else it was under way when another failed
             self._n_failures += 1
             wait_s = max(getattr(error, "wait_s", 0.0), 0.25 * 2 ** min(self._n_failures, 10))
             self.resting_until = time.monotonic() + min(wait_s, MAX_WAIT_S)
+            self.busy_until = self.resting_until if is_well else 0.0
 
     async def describe(self, client: httpx.AsyncClient) -> None:
         """Ask for the model's name, where none was given, and its context.
@@ -232,7 +234,7 @@ async def _check(response: httpx.Response) -> None:
     reason = f"HTTP {status}: {_reason(await response.aread())}"
     if status in (408, 429) or status >= 500:
         wait = response.headers.get("retry-after", "")
-        raise FailedError(reason, float(wait) if wait.isdigit() else 0.0)
+        raise FailedError(reason, float(wait) if wait.isdigit() else 0.0, is_busy=status == 429)
     raise ValueError(f"{response.url}: {reason}")
 
 
