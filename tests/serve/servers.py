@@ -72,7 +72,8 @@ def in_thread(engine, limits=Limits(), rules=Rules(), load=None):  # noqa: B008
 @contextlib.contextmanager
 def listening(app):
     """An ASGI app behind our protocol; yields its address."""
-    config = uvicorn.Config(app, port=free_port(), http=Protocol, log_level="error")
+    settings = {"http": Protocol, "proxy_headers": False, "log_level": "error"}  # as `serve`
+    config = uvicorn.Config(app, port=free_port(), **settings)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -3,8 +3,13 @@
 import httpx
 import ollama
 import pytest
+from servers import in_thread
 
-from codellama import SamplingParams
+from any_weights import random_model, small_vocabulary
+from codellama import Engine, SamplingParams
+from codellama.engine import Piece
+from codellama.serve import Limits
+from codellama.tokenizer import Tokenizer
 from codellama.tokenizer.chat import TAGS
 from codellama.tokenizer.variants import INFILLING_PIECES
 
@@ -97,15 +102,22 @@ def test_infill(post, engine, expected):
 
 def test_cross_file_context_is_written_as_training_wrote_it():
     from codellama.data.languages import language_of
-    from codellama.data.repository import _comment as training
+    from codellama.data.repository import _COMMENTS
     from codellama.serve.prompts import _comment as serving
 
     endings = "py c h cc cpp cs java js mjs jsx ts tsx go rs swift kt scala php dart zig cu groovy "
-    endings += "rb sh sql lua md html vue xml m sol proto toml d"
+    endings += (
+        "rb sh sql lua md html vue xml m sol proto toml d hs elm clj el scm tex erl css scss "
+    )
+    endings += "less svelte svg ll asm vhd adb ads wgsl glsl typ yaml r jl pl ex nim cmake"
+    wrong = {}
     for ending in endings.split():
         path = f"src/x.{ending}"
         if language := language_of(path):
-            assert serving(path) == training(language, path)
+            expected = _COMMENTS.get(language, "# {}").format(path)
+            if serving(path) != expected:
+                wrong[ending] = (language, expected)
+    assert not wrong
 
 
 def test_infill_as_llama_vim_sends_it(post, server):
@@ -170,6 +182,73 @@ def test_completion_of_llama_cpp(post, server, engine):
     assert stopped["content"] == expected.text[: expected.text.index(word)]
     ended = post("/completion", **body, logit_bias=[[2, 100]])
     assert (ended["stop_type"], ended["content"]) == ("eos", "")
+
+
+def test_ends_that_the_operator_chose(engine, monkeypatch):
+    """For infilling in every dialect, though its body does not ask; never for a completion."""
+    written = f"<PRE> {GAP[0]} <SUF>{GAP[1]} <MID>"
+    gap = {"prompt": GAP[0], "suffix": GAP[1]}
+    segments = {"prefix": GAP[0], "suffix": GAP[1]}
+    asked = [
+        ("/v1/completions", gap, lambda r: r["choices"][0]["text"]),
+        ("/v1/completions", {"prompt": written}, lambda r: r["choices"][0]["text"]),
+        ("/v1/completions", {"segments": segments}, lambda r: r["choices"][0]["text"]),
+        ("/v1/fim/completions", gap, lambda r: r["choices"][0]["message"]["content"]),
+        ("/infill", infill(), lambda r: r["content"]),
+        ("/completion", {"prompt": written}, lambda r: r["content"]),
+        ("/api/generate", gap | {"stream": False}, lambda r: r["response"]),
+        ("/api/generate", {"prompt": written, "stream": False}, lambda r: r["response"]),
+    ]
+
+    async def pieces(ids, params, stop_ids, whole=False):
+        yield Piece(text[:3], (5,), (), (), None, 0)
+        yield Piece(text[3:], (5,), (), (), "length", 0)
+
+    monkeypatch.setattr(engine, "pieces", pieces)
+    for option, text, expected in (
+        ("trim_suffix", "a = 3\n    return a\n", "a = 3\n    "),
+        ("end_at_line", "a = 3\n    re", "a = 3\n"),
+    ):
+        with in_thread(engine, Limits(**{option: True})) as (url, _):
+            for path, body, read in asked:
+                reply = httpx.post(url + path, json=body)
+                assert read(reply.json()) == expected, (option, path)
+            reply = httpx.post(f"{url}/v1/completions", json={"prompt": GAP[0]})
+            assert reply.json()["choices"][0]["text"] == text
+
+
+def test_a_model_that_does_not_infill():
+    """Each dialect says so in its own shape; what needs no gap works."""
+    engine = Engine.of(random_model(), Tokenizer(small_vocabulary().file, None, infilling=False))
+    with in_thread(engine) as (url, _):
+
+        def error(path, status, **body):
+            reply = httpx.post(url + path, json=body)
+            assert reply.status_code == status
+            return reply.json()["error"]
+
+        assert error("/v1/completions", 400, prompt="a", suffix="b")["code"] == "fim_not_supported"
+        assert error("/v1/fim/completions", 400, prompt="a")["code"] == "fim_not_supported"
+        assert error("/infill", 501, **infill())["code"] == "fim_not_supported"
+        assert error("/v1/completions", 501, segments={"prefix": "a"})["code"] == (
+            "fim_not_supported"
+        )
+        assert "does not support insert" in error("/api/generate", 400, prompt="a", suffix="b")
+        assert "insert" not in httpx.post(f"{url}/api/show", json={}).json()["capabilities"]
+        body = {"prompt": "<PRE> a <SUF>b <MID>", "max_tokens": 1, "return_token_ids": True}
+        reply = httpx.post(f"{url}/v1/completions", json=body).json()
+        ids = engine.tokenizer.encode(body["prompt"], bos=True)
+        assert reply["choices"][0]["prompt_token_ids"] == ids
+
+
+def test_names_of_metrics(server):
+    """Dashboards are written against them."""
+    text = httpx.get(f"{server}/metrics").text
+    found = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE ")}
+    names = "cache_use cancelled_total generated_tokens_total cached_tokens_total running waiting "
+    names += "prompt_tokens_total requests_total first_token_seconds tokens_per_second"
+    assert {f"codellama_{name}" for name in names.split()} <= found
+    assert 'codellama_requests_total{path="/health",status="200"}' in text
 
 
 def test_tokenize(post):

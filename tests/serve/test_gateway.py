@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 
 import httpx
 import pytest
@@ -62,9 +63,9 @@ def test_exact_prompts_through_a_cluster(gateway, engine, asked):
 
 
 @contextlib.contextmanager
-def gateway_to(engine, *urls):
+def gateway_to(engine, *urls, **settings):
     """A gateway in this process; yields its address as soon as it listens."""
-    endpoint = Endpoint(urls, tokenizer=engine.tokenizer)
+    endpoint = Endpoint(urls, tokenizer=engine.tokenizer, **settings)
     service = Service(endpoint, engine.tokenizer, "codellama", {})
     with in_thread(engine, load=lambda: service) as (url, _):
         yield url
@@ -82,6 +83,40 @@ def test_a_server_of_another_vocabulary_is_not_used(engine, caplog):
         endpoint = Endpoint(url, tokenizer=engine.tokenizer, n_attempts=1)
         with pytest.raises(ConnectionError, match="its ids are not those of the tokenizer"):
             endpoint.complete(["x = 1\n"], params)
+
+
+@pytest.mark.parametrize(("answer", "told"), [(429, 429), (500, 503), (422, 400)])
+def test_what_a_client_hears_of_a_cluster(engine, caplog, answer, told):
+    """Whether to come again, and when; not the addresses and words of other servers.
+
+    One that is busy is not broken: it is still there for `/health`, and is left alone meanwhile.
+    """
+    asked = []
+
+    async def far(scope, receive, send):
+        known = {"/v1/models": (200, {"data": [{"id": "m", "max_model_len": 1024}]})}
+        status, body = known.get(scope["path"], (404, {}))
+        if scope["path"] == "/v1/completions":
+            status, body = answer, {"error": {"message": "secret words"}}
+            asked.append(1)
+        headers = [(b"retry-after", b"7")] * (status == 429)
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+
+    with listening(far) as there, gateway_to(engine, there, n_attempts=2) as url:
+        wait_for(lambda: is_up(url))
+        for stream in (False, True):
+            body = {"prompt": "zebra", "max_tokens": 4, "stream": stream}
+            reply = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+            assert reply.status_code == told
+            assert not any(word in reply.text for word in ("secret", "127.0.0.1", "zebra"))
+            if told != 400:
+                assert 1 <= int(reply.headers["retry-after"]) <= 7
+            if told == 429:
+                assert is_up(url)
+                assert len(asked) == 1
+    assert "secret" not in caplog.text
+    assert "zebra" not in caplog.text
 
 
 def test_another_server_takes_over(engine):
@@ -110,7 +145,7 @@ def test_another_server_takes_over(engine):
 
         begun, later = asyncio.run(go())
         assert {reply.status_code for reply in later} == {200}
-        broken = [r for r in begun if r.status_code == 500 or '"server_error"' in r.text]
+        broken = [r for r in begun if r.status_code == 503 or '"unavailable_error"' in r.text]
         assert len(broken) <= 4  # of the eight, one half was there
         params = SamplingParams(200, logit_bias=((2, -100.0),))
         for number in range(1, 12, 2):  # what nobody had seen yet was asked again

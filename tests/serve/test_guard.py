@@ -10,10 +10,10 @@ import time
 
 import httpx
 import pytest
-from servers import in_thread, is_up, listening, process
+from servers import in_thread, is_up, listening, process, wait_for
 
 from codellama import SamplingParams
-from codellama.serve import LOOPBACK, Rules, Service, guard, prompts
+from codellama.serve import LOOPBACK, Limits, Rules, Service, create_app, guard, prompts
 from codellama.serve.generation import Request
 
 BODY = {"prompt": "a", "max_tokens": 1}
@@ -129,6 +129,123 @@ def raw(url, *parts, pause=0.0):
 
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+
+
+def whole(url, path="/v1/completions", **body):
+    """(status line, headers, JSON) of the reply to a request that arrives in one piece."""
+    with connected(url, path, **body) as connection:
+        head, _, text = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+    line, *headers = head.decode().split("\r\n")
+    return line, dict(header.lower().split(": ") for header in headers), json.loads(text)
+
+
+def connected(url, path="/v1/completions", **body):
+    """A connection that has sent a whole request."""
+    data = json.dumps(BODY | body).encode()
+    head = HEAD.replace(b"/v1/completions", path.encode()) + b"connection: close\r\n"
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=60)
+    connection.sendall(head + b"content-length: %d\r\n\r\n" % len(data) + data)
+    return connection
+
+
+LONG = {"max_tokens": 900, "logit_bias": {"2": -100.0}}
+
+
+def test_a_full_server_refuses_before_it_understands(engine):
+    """In the dialect of the path; a place comes back as soon as a client leaves."""
+    with in_thread(engine, Limits(max_texts=2)) as (url, service):
+        clients = [connected(url, **LONG) for _ in range(2)]
+        wait_for(lambda: service.n_texts == 2)
+        for path in ("/v1/completions", "/v1/chat/completions", "/api/generate"):
+            line, headers, reply = whole(url, path)
+            assert line == "HTTP/1.1 429 Refused"  # our own words, not those of the app
+            assert headers["retry-after"] == "1"
+            error = reply["error"]
+            assert (
+                error.startswith("the server is busy")
+                if "api" in path
+                else ((error["type"], error["code"]) == ("rate_limit_error", 429))
+            )
+        found = httpx.get(f"{url}/metrics").text
+        assert 'codellama_requests_total{path="other",status="429"} 3.0' in found
+        assert httpx.get(f"{url}/health").status_code == 200
+        clients.pop().close()
+        wait_for(lambda: service.n_texts == 1)
+        assert whole(url)[0] == "HTTP/1.1 200 OK"
+        clients.pop().close()
+        wait_for(lambda: service.n_texts == 0)
+
+
+def test_requests_count_from_their_arrival(engine, monkeypatch):
+    """Until each is admitted, refused or gone, so that a crowd at once finds no more places."""
+    jobs, may_go_on = Service._jobs, threading.Event()
+
+    async def held(self, request):
+        while not may_go_on.is_set():
+            await asyncio.sleep(0.005)
+        return await jobs(self, request)
+
+    monkeypatch.setattr(Service, "_jobs", held)
+    service = Service(engine, engine.tokenizer, "codellama", {}, Limits(max_texts=2))
+    app = create_app(lambda: service)
+    with listening(app) as url:
+        wait_for(lambda: is_up(url))
+        assert whole(url, prompt=[])[0] == "HTTP/1.1 400 Bad Request"  # not admitted, but gone
+        first, second = connected(url), connected(url)
+        wait_for(lambda: len(app.arriving) == 2)
+        assert service.n_texts == 0
+        assert whole(url)[0] == "HTTP/1.1 429 Refused"
+        first.close()
+        wait_for(lambda: len(app.arriving) == 1)
+        may_go_on.set()
+        assert whole(url)[0] == "HTTP/1.1 200 OK"
+        assert second.recv(15) == b"HTTP/1.1 200 OK"
+        assert not app.arriving
+        second.close()
+
+
+def test_what_has_not_come_whole_is_read_first(engine):
+    """A reply before that could be lost: the client still writes."""
+    with in_thread(engine, Limits(max_texts=1)) as (url, service):
+        with connected(url, **LONG):
+            wait_for(lambda: service.n_texts == 1)
+            data = json.dumps(BODY).encode()
+            head = HEAD + b"content-length: %d\r\n\r\n" % len(data)
+            assert raw(url, head, data, pause=0.2)[0] == b"HTTP/1.1 429 Too Many Requests"
+        wait_for(lambda: service.n_texts == 0)
+
+
+def test_long_texts_are_encoded_beside_the_event_loop(engine, monkeypatch):
+    """Encoding the 4 MB that a body may have takes over a second."""
+    encode, threads = engine.tokenizer._encode, []
+
+    def noted(text):
+        threads.append(threading.get_ident())
+        return encode(text)
+
+    monkeypatch.setattr(engine.tokenizer, "_encode", noted)
+    long = "x = 1\n" * 20_000
+    gap = {"suffix": "b"}
+    requests = [
+        ("/v1/completions", "prompt", {}),
+        ("/v1/completions", "prompt", gap),
+        ("/v1/fim/completions", "prompt", gap),
+        ("/completion", "prompt", {}),
+        ("/infill", "input_prefix", {"input_suffix": "", "n_predict": 1}),
+        ("/api/generate", "prompt", gap),
+        ("/tokenize", "content", {}),
+    ]
+    with in_thread(engine) as (url, _):
+        for path, name, more in requests:
+            used = []
+            for text in ("a", long):
+                threads.clear()
+                body = BODY | more | {name: text}
+                assert httpx.post(url + path, json=body, timeout=60).status_code in (200, 400)
+                used.append(set(threads))
+            assert used[1]
+            assert used[0].isdisjoint(used[1]), path
 
 
 def test_what_is_no_http(server):

@@ -147,10 +147,32 @@ def test_echo_scores_a_text(client, engine):
         assert place == pytest.approx(scores[at - 1], abs=1e-4) if at < len(ids) else place <= 0
 
 
+@pytest.mark.parametrize("text", ["x = [1]\n", "  y = 'naïve 日本' # 🦙\n", "\n"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_point_into_the_text(client, engine, text, stream):
+    """Though the first token has a space that encoding added, and some are parts of characters."""
+    settings = {"model": "x", "temperature": 0, "echo": True, "logprobs": 0, "max_tokens": 3}
+    reply = client.completions.create(prompt=text, stream=stream, **settings)
+    choices = [part.choices[0] for part in reply] if stream else reply.choices
+    written = "".join(choice.text for choice in choices)
+    found = [c.logprobs for c in choices if c.logprobs]
+    tokens = [token for logprobs in found for token in logprobs.tokens]
+    offsets = [offset for logprobs in found for offset in logprobs.text_offset]
+    ids = engine.tokenizer.encode(text, bos=True)
+    ends = [len(engine.tokenizer.decode(ids[:i]).rstrip("\ufffd")) for i in range(len(ids))]
+    assert offsets[: len(ids)] == ends
+    assert len(offsets) == len(tokens) == len(ids) + 3
+    for offset, token in list(zip(offsets, tokens, strict=True))[len(ids) :]:
+        assert written[offset:].startswith(token)
+
+
 def test_json_schema(client):
     schema = {
         "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer"}},
+        "properties": {
+            "name": {"type": "string", "maxLength": 8},
+            "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        },
         "required": ["name", "age"],
         "additionalProperties": False,
     }
@@ -159,10 +181,10 @@ def test_json_schema(client):
         reply = client.chat.completions.create(
             model="x", messages=DIALOG, response_format=form, max_tokens=100, seed=seed
         )
-        if reply.choices[0].finish_reason == "stop":
-            person = json.loads(reply.choices[0].message.content)
-            assert set(person) == {"name", "age"}
-            assert isinstance(person["age"], int)
+        assert reply.choices[0].finish_reason == "stop"  # nothing in it can go on for ever
+        person = json.loads(reply.choices[0].message.content)
+        assert set(person) == {"name", "age"}
+        assert isinstance(person["age"], int)
     form["json_schema"]["schema"] = {"type": "nonsense"}
     with pytest.raises(openai.BadRequestError, match="schema"):
         client.chat.completions.create(model="x", messages=DIALOG, response_format=form)
@@ -206,6 +228,8 @@ LIMITS = [
     ({"logprobs": -1}, "logprobs"),
     ({"stop": [""]}, "stop"),
     ({"stop": [1]}, "stop"),
+    ({"stop": ["a"] * 129}, "stop: expected at most 128 texts"),
+    ({"stop": ["a" * 257]}, "stop = .*expected texts of 1 to 256 characters"),
     ({"seed": 2**63}, "seed"),
     ({"seed": 1.5}, "seed"),
     ({"temperature": -0.1}, "temperature"),

@@ -1,6 +1,8 @@
 """Prompts and the ends of texts, against what they stand for."""
 
 import asyncio
+import re
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -30,13 +32,35 @@ def test_the_written_form_is_the_form(prefix, suffix):
         ("<PRE> a\r\n <SUF>\r\nb <MID>", ("a\r\n", "\r\nb", "", False)),
         ("<PRE> x <SUF>y <MID> be", ("x", "y", " be", False)),
         ("<PRE> <SUF>y <MID> x", ("x", "y", "", True)),
+        ("<PRE> a <SUF>b <SUF>c <MID>d <MID>", ("a <SUF>b", "c <MID>d", "", False)),
         ("see <PRE> x <SUF>y <MID>", None),
+        ("<PRE> x <MID>y <SUF>", None),
         ("<PRE> x <MID>", None),
         ("<PRE>", None),
     ],
 )
 def test_the_spacings_of_clients(text, gap):
     assert prompts.written_gap(text) == gap
+
+
+@given(st.lists(st.sampled_from(["<s>", "<PRE>", "<SUF>", "<MID>", " ", "\n", "x"]), max_size=9))
+@settings(deadline=None)
+def test_what_is_a_written_form(parts):
+    """A gap lies between the last markers; each of the two texts may hold markers, too."""
+    text = "".join(parts)
+    form = re.compile(r"\s?(?:<s>)?\s?<PRE>(.*)<SUF>(.*)<MID>(.*)", re.DOTALL).fullmatch(text)
+    gap = prompts.written_gap(text)
+    assert (gap is None) == (form is None)
+    if form and not form[3].strip():
+        assert (gap[0].strip(), gap[1].strip()) == (form[1].strip(), form[2].strip())
+
+
+@pytest.mark.parametrize("text", ["<SUF>" * 800_000, "<MID>" * 800_000, "<SUF><MID>" * 400_000])
+def test_markers_without_a_form_take_no_time(text):
+    """As much as a body may have; the search runs in the event loop, where others wait for it."""
+    begin = time.process_time()
+    prompts.written_gap("<PRE>" + text)
+    assert time.process_time() - begin < 0.2
 
 
 def test_written_and_given_have_the_same_ids(engine):
@@ -93,6 +117,19 @@ def test_whole_lines(pieces):
     text = "".join(pieces)
     expected = text[: text.rfind("\n") + 1] or text
     assert run(pieces, Edit(whole_lines=True))[0] == expected
+
+
+@given(st.text(st.sampled_from("ab \t\n"), max_size=20), st.integers(1, 3))
+@settings(deadline=None)
+def test_outdented(text, min_indent):
+    """A text ends before the first further line with less indent; blank lines have none."""
+    expected = lines = text.splitlines(keepends=True)
+    for number, line in list(enumerate(lines))[1:]:
+        if line.strip() and len(line) - len(line.lstrip()) < min_indent:
+            expected = lines[:number]
+            break
+    reason = "length" if expected == lines else "stop"
+    assert run([text], Edit(min_indent=min_indent)) == ("".join(expected), reason)
 
 
 def test_the_other_ends():

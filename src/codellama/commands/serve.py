@@ -54,6 +54,12 @@ def serve(
     suffix_first: Annotated[
         bool, typer.Option("--suffix-first", help="SPM where a client does not say.")
     ] = False,
+    trim_suffix: Annotated[
+        bool, typer.Option("--trim-suffix", help="End infilling before what repeats the suffix.")
+    ] = False,
+    end_at_line: Annotated[
+        bool, typer.Option("--end-at-line", help="Drop an infilling's unfinished last line.")
+    ] = False,
     device: Device = "cpu",
     dtype: Dtype = Precision.BFLOAT16,
 ) -> None:
@@ -65,9 +71,8 @@ def serve(
     is_local = host in LOOPBACK
     if not is_local and not api_key:
         terminal.say(f"warning: {host} can be reached from elsewhere, and there is no --api-key")
-    limits = Limits(
-        max_texts, max_total_tokens, max_tokens, timeout, newest_wins, recognise, suffix_first
-    )
+    sizes = (max_texts, max_total_tokens, max_tokens, timeout)
+    limits = Limits(*sizes, newest_wins, recognise, suffix_first, trim_suffix, end_at_line)
     hosts, origins = LOOPBACK if is_local else None, tuple(allow_origin or ())
     rules = Rules(tuple(api_key or ()), hosts, origins, max_body_bytes)
     with contextlib.suppress(ValueError, OSError):  # each connection takes a descriptor
@@ -109,5 +114,6 @@ def _service(
     from codellama.engine.endpoint import Endpoint
 
     tokenizer = load_tokenizer(weights)
-    endpoint = Endpoint([url.strip() for url in urls.split(",")], api_key=key, tokenizer=tokenizer)
+    most = limits.max_texts  # the cluster has a queue of its own
+    endpoint = Endpoint(urls.split(","), api_key=key, tokenizer=tokenizer, max_in_flight=most)
     return Service(endpoint, tokenizer, name, meta, limits)

@@ -46,16 +46,12 @@ class Batcher:
         """Why the thread died, after which nothing can run any more."""
 
     def submit(self, sequence: Sequence, listener: Callable[[], object], every_step: bool) -> None:
-        """Queue a sequence.
+        """Queue a sequence; a ValueError if it can never fit, a RuntimeError once the thread died.
 
         Args:
             listener: called, in the batcher's thread and under its lock, when the sequence is
                 finished; it must return at once and not raise.
             every_step: call it after every step that brought text, too.
-
-        Raises:
-            ValueError: the sequence can never fit in the cache.
-            RuntimeError: the thread died.
         """
         with self.lock:
             if self.failure is not None:

@@ -103,10 +103,7 @@ class Endpoint(Generator):
         stop_ids: Sequence[int],
         whole: bool = False,
     ) -> AsyncGenerator[Piece]:
-        """As `Engine.pieces`, or a FailedError where servers are busy, for which it does not wait.
-
-        What comes whole can be asked of another server until its end.
-        """
+        """As `Engine.pieces`; a FailedError where servers are busy, for which it does not wait."""
         return self._pieces(Ask(prompt, stop_ids, params=params), not whole, waits=False)
 
     def cancel(self) -> None:

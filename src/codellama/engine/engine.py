@@ -165,7 +165,7 @@ class Engine(Generator):
         # Compiling a grammar may take long enough for others in the loop to notice.
         is_slow = params.has_grammar
         sequence = await asyncio.to_thread(self._sequence, ask) if is_slow else self._sequence(ask)
-        is_told = False
+        is_told = is_done = False
 
         def tell() -> None:  # under the batcher's lock, for which the loop must not wait
             nonlocal is_told
@@ -176,7 +176,6 @@ class Engine(Generator):
                 loop.call_soon_threadsafe(news.put_nowait, sequence.error or sequence.read())
 
         self._batcher.submit(sequence, tell, True)
-        is_done = False
         try:
             while not is_done:
                 piece = await news.get()

@@ -54,12 +54,7 @@ def create_app(
     rules: Rules = Rules(),  # noqa: B008  frozen
     on_failure: Callable[[Exception], object] = lambda error: None,
 ) -> Any:
-    """The ASGI app.
-
-    Args:
-        load: makes the service; called in a thread once the server listens.
-        on_failure: called when that fails.
-    """
+    """The ASGI app; the service is made in a thread once it listens, unless that fails."""
 
     async def start(app: FastAPI) -> None:
         try:

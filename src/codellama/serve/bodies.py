@@ -44,13 +44,8 @@ class Sampling(Body):
     stop: str | list[str] | None = None
 
     def params(self, **given: Any) -> SamplingParams:
-        """The engine's settings: what the body says, before what is given; None says nothing.
-
-        Raises:
-            ValueError: a value outside its range.
-        """
-        said = {name: getattr(self, name) for name in Sampling.model_fields}
-        given |= {name: value for name, value in said.items() if value is not None}
+        """The engine's settings: what the body says, before what is given; None says nothing."""
+        given |= {n: said for n in Sampling.model_fields if (said := getattr(self, n)) is not None}
         given["top_k"] = max(0, given.get("top_k") or 0)
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 
@@ -67,11 +62,7 @@ class ChatMessage(Body):
     content: str | list[_Part]
 
     def plain(self) -> Message:
-        """As the tokenizer takes it.
-
-        Raises:
-            ValueError: it holds something else.
-        """
+        """As the tokenizer takes it; a ValueError where it holds something else."""
         content = self.content
         if not isinstance(content, str):
             if wrong := next((part.type for part in content if part.type != "text"), None):
@@ -91,11 +82,7 @@ class ResponseFormat(Body):
     json_schema: _JsonSchema | None = None
 
     def schema_text(self) -> str | None:
-        """The schema for the engine.
-
-        Raises:
-            ValueError: it is missing.
-        """
+        """The schema for the engine; a ValueError where it is missing."""
         if self.type != "json_schema":
             return "{}" if self.type == "json_object" else None
         if self.json_schema is None or self.json_schema.schema_ is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from codellama.engine import Piece, SamplingParams
+from codellama.engine.runner import Chosen
 from codellama.serve.prompts import Prompt
 
 MIN_REPEATED_CHARS = 4  # shorter repeats are as often meant: `f(g(x)` before `)`
@@ -37,7 +39,8 @@ class Request:
     n: int = 1
     best_of: int | None = None
     edit: Edit = Edit()
-    is_infilling: bool = False
+    n_scored: int | None = None
+    """Likeliest tokens wanted at each place of the prompts, which are scored then; None if not."""
 
     @property
     def n_tried(self) -> int:
@@ -50,6 +53,8 @@ class Result:
     """One generated text and how it came about."""
 
     prompt: Prompt
+    scores: Chosen = field(default_factory=list)
+    """The prompt's tokens after the first, where the request wants them."""
     begin: float = field(default_factory=time.perf_counter)
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -78,6 +83,7 @@ class Result:
 async def edited(pieces: AsyncGenerator[Piece], edit: Edit, suffix: str) -> AsyncGenerator[Piece]:
     """The pieces with their text ended as asked; what may still be cut is held back."""
     text, n_sent, first = "", 0, None
+    outdented = re.compile(rf"\n(?=[^\S\n]{{0,{max(1, edit.min_indent) - 1}}}\S)")
     head = "".join(suffix[:_WINDOW_CHARS].split()) if edit.trim_suffix else ""
     async with aclosing(pieces) as stream:
         async for piece in stream:
@@ -85,8 +91,8 @@ async def edited(pieces: AsyncGenerator[Piece], edit: Edit, suffix: str) -> Asyn
             text += piece.text
             reason = piece.finish_reason
             end = len(text)
-            if edit.min_indent and (line := _outdented(text, edit.min_indent)) is not None:
-                end, reason = line, "stop"
+            if edit.min_indent and (line := outdented.search(text)):
+                end, reason = line.end(), "stop"
             limit = edit.time_limit_s
             if limit is not None and "\n" in text and time.perf_counter() - first > limit:
                 reason = reason or "length"
@@ -113,13 +119,3 @@ def repeated(text: str, head: str) -> tuple[int, int]:
         at -= 1
         left -= not text[at].isspace()
     return at, n
-
-
-def _outdented(text: str, min_indent: int) -> int | None:
-    """Where the first line after the first one starts that is indented less; blank ones are not."""
-    at = 0
-    while (at := text.find("\n", at) + 1) > 0:
-        line = text[at:].split("\n", 1)[0]
-        if line.strip() and len(line) - len(line.lstrip()) < min_indent:
-            return at
-    return None

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic_core import from_json
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from codellama.serve.replies import ApiError, as_text
-from codellama.serve.service import Service, busy
+from codellama.serve.service import Service, arrived, busy, is_long
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -26,6 +28,8 @@ Send = Callable[[Any], Awaitable[None]]
 REQUEST_S = 8.0  # for a whole request to arrive
 READ_S = 30.0  # for a client that has stopped reading
 MAX_HEADER_BYTES = 32 << 10
+LONG_BYTES = 64 << 10  # encoding as much takes about 20 ms
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,9})[ \t]*(?=\r\n|\Z)", re.IGNORECASE)
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -48,6 +52,8 @@ class Guard:
 
     def __init__(self, app: Any, rules: Rules, state: Any) -> None:
         self.app, self.rules, self.state = app, rules, state
+        self.arriving: set[Protocol] = set()
+        """Connections whose whole request has come and is neither admitted nor refused yet."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -69,6 +75,7 @@ class Guard:
             if not status:
                 raise
         finally:
+            arrived.get()()
             service: Service | None = self.state.service
             if service is not None:
                 path = getattr(scope.get("route"), "path", "other")  # not what a client made up
@@ -80,6 +87,7 @@ class Guard:
         """Run the app, until its end or the client's."""
         self._check(scope)
         body = await self._body(scope, receive)
+        is_long.set(len(body) > LONG_BYTES)
         messages = [{"type": "http.request", "body": body, "more_body": False}]
         left = asyncio.Event()
 
@@ -168,8 +176,20 @@ class Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take in bytes; the first of a later request start the clock again."""
-        if "request" not in self._clocks and (self.cycle is None or self.cycle.response_complete):
+        is_first = self.cycle is None or self.cycle.response_complete
+        if is_first and "request" not in self._clocks:
             self._start("request", REQUEST_S, self._too_slow)
+        guard = self.app  # it is within another where foreign origins are told of refusals, too
+        if is_first and isinstance(guard, Guard):
+            arrived.set(partial(guard.arriving.discard, self))  # the request's task takes it along
+            service: Service | None = guard.state.service
+            if service is not None and _is_whole_post(data):
+                # The app would refuse a thousand at once within 0.5 s, not 0.1. Keys and hosts are
+                # not looked at: who has no right to ask hears only that the server is busy.
+                if service.n_left <= len(guard.arriving):
+                    service.metrics.requests.labels("other", 429).inc()
+                    return self._refuse(busy(), is_ollama=data.startswith(b"POST /api/"))
+                guard.arriving.add(self)
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop("request")
@@ -178,6 +198,8 @@ class Protocol(H11Protocol):
         """Stop all clocks."""
         for name in list(self._clocks):
             self._stop(name)
+        if isinstance(self.app, Guard):
+            self.app.arriving.discard(self)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -192,18 +214,19 @@ class Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP."""
-        self._refuse(getattr(sys.exc_info()[1], "error_status_hint", 400), msg)
+        self._refuse(ApiError(getattr(sys.exc_info()[1], "error_status_hint", 400), msg))
 
     def _too_slow(self) -> None:
         if not self.transport.is_closing():
-            self._refuse(408, f"the request did not arrive within {REQUEST_S:g} s")
+            self._refuse(ApiError(408, f"the request did not arrive within {REQUEST_S:g} s"))
 
-    def _refuse(self, status: int, message: str) -> None:
-        """Reply in the shape of all errors, without h11, which is in no state to, and close."""
-        body = as_text(ApiError(status, message).body(is_ollama=False))
-        head = f"HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\n"
-        head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        self.transport.write((head + body).encode())
+    def _refuse(self, error: ApiError, is_ollama: bool = False) -> None:
+        """Reply in the shape of all errors, without h11, which may be in no state to, and close."""
+        body = as_text(error.body(is_ollama))
+        fixed = {"content-type": "application/json", "connection": "close"}
+        headers = error.headers | fixed | {"content-length": str(len(body))}
+        lines = [f"HTTP/1.1 {error.status} Refused", *(f"{k}: {v}" for k, v in headers.items())]
+        self.transport.write("\r\n".join([*lines, "", body]).encode())
         self.transport.close()
 
     def _start(self, name: str, seconds: float, end: Callable[[], object]) -> None:
@@ -212,3 +235,10 @@ class Protocol(H11Protocol):
     def _stop(self, name: str) -> None:
         if clock := self._clocks.pop(name, None):
             clock.cancel()
+
+
+def _is_whole_post(data: bytes) -> bool:
+    """Whether nothing of the request is still to come: a reply before that could be lost."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = _LENGTH.search(head) if data.startswith(b"POST ") else None
+    return length is not None and int(length[1]) == len(body)

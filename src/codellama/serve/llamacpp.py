@@ -11,12 +11,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Response
 from pydantic import Field
 
-from codellama.serve import prompts
 from codellama.serve.bodies import Body, Count, Factor, N, Sampling, Whole
 from codellama.serve.generation import Edit, Request, Result
 from codellama.serve.openai import token_text
+from codellama.serve.prompts import Prompt
 from codellama.serve.replies import as_events, as_json
-from codellama.serve.service import Client, Ready, Service, Stream
+from codellama.serve.service import Client, Ready, Service, Stream, beside
 
 router = APIRouter()
 SUGGESTION_TOKENS = 128  # of /infill where the client does not say
@@ -31,15 +31,12 @@ class _Options(Sampling):
     json_schema: dict[str, Any] | None = None
     grammar: str | None = None
     n_cmpl: N | None = None
-    n_indent: Annotated[Whole, Field(ge=0)] | None = None
+    n_indent: Annotated[Whole, Field(ge=0, le=1000)] | None = None
     t_max_predict_ms: Annotated[float, Field(ge=0)] | None = None
-    cache_prompt: bool | None = None
     response_fields: list[str] | None = None
     stream: bool | None = None
 
-    def request(
-        self, prompt: prompts.Prompt, n_tokens: int, temperature: float, trims: bool
-    ) -> Request:
+    def request(self, prompt: Prompt, n_tokens: int, temperature: float, trims: bool) -> Request:
         """What the engine is asked for."""
         if self.grammar:
             raise ValueError("grammar: expected json_schema instead")
@@ -57,7 +54,7 @@ class _Options(Sampling):
         )
         limit_s = self.t_max_predict_ms / 1000 if self.t_max_predict_ms else None
         edit = Edit(trim_suffix=trims, min_indent=self.n_indent or 0, time_limit_s=limit_s)
-        return Request((prompt,), params, self.n_cmpl or 1, edit=edit, is_infilling=trims)
+        return Request((prompt,), params, self.n_cmpl or 1, edit=edit)
 
 
 class CompletionBody(_Options):
@@ -99,7 +96,7 @@ class DetokenizeBody(Body):
 @router.post("/completion")
 async def completion(body: CompletionBody, service: Ready, client: Client) -> Response:
     """Continue a prompt."""
-    prompt = prompts.completion(service.tokenizer, body.prompt, service.limits.recognise)
+    prompt = await service.completion(body.prompt)
     request = body.request(prompt, service.most_tokens, 0.8, False)  # llama.cpp's temperature
     return await _reply(body, request, service, client)
 
@@ -113,7 +110,7 @@ async def infill(body: InfillBody, service: Ready, client: Client) -> Response:
     wanted = body.n_predict if body.n_predict and body.n_predict > 0 else SUGGESTION_TOKENS
     prefix = body.input_prefix + (body.prompt or "")
     files = [(extra.filename or "snippet", extra.text) for extra in body.input_extra or ()]
-    prompt = service.gap(prefix, body.input_suffix, body.suffix_first, files, wanted)
+    prompt = await service.gap(prefix, body.input_suffix, body.suffix_first, files, wanted)
     temperature = 0.8 if (body.n_cmpl or 1) > 1 else 0.0
     n_tokens = min(SUGGESTION_TOKENS, service.most_tokens)
     request = body.request(prompt, n_tokens, temperature, True)
@@ -123,7 +120,7 @@ async def infill(body: InfillBody, service: Ready, client: Client) -> Response:
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, service: Ready) -> Response:
     """The ids of a text, with the text of each where asked."""
-    ids = service.tokenizer.encode(body.content, bos=bool(body.add_special))
+    ids = await beside(service.tokenizer.encode, body.content, bool(body.add_special))
     if not body.with_pieces:
         return as_json({"tokens": ids})
     return as_json({"tokens": [{"id": i, "piece": token_text(service.tokenizer, i)} for i in ids]})

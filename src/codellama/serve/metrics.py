@@ -29,9 +29,7 @@ class Metrics:
         self.running = Gauge("running", "Texts being written.", **all_of)
         self.cache_use = Gauge("cache_use", "Share of the cache that is held.", **all_of)
         self.first_token_s = Histogram("first_token_seconds", "Wait.", buckets=_SECONDS, **all_of)
-        self.tokens_per_s = Histogram(
-            "tokens_per_second", "Behind the first.", buckets=_RATES, **all_of
-        )
+        self.tokens_per_s = Histogram("tokens_per_second", "Later ones.", buckets=_RATES, **all_of)
 
     @contextmanager
     def text(self, result: Result) -> Iterator[None]:

@@ -13,7 +13,6 @@ from fastapi import APIRouter, Response
 
 from codellama.artifact import code_version
 from codellama.engine import SamplingParams
-from codellama.serve import prompts
 from codellama.serve.bodies import Body, ChatMessage, Count, Factor, Sampling
 from codellama.serve.generation import Request, Result
 from codellama.serve.replies import ApiError, as_json, as_lines
@@ -76,10 +75,10 @@ async def generate(body: GenerateBody, service: Ready, client: Client) -> Respon
     if not text and not body.suffix:  # how clients load a model
         return as_json(_line(service, "response", "") | {"done": True, "done_reason": "load"})
     if body.suffix:
-        prompt = service.gap(body.prompt or "", body.suffix)
+        prompt = await service.gap(body.prompt or "", body.suffix)
     else:
-        prompt = prompts.completion(service.tokenizer, text, service.limits.recognise)
-    request = Request((prompt,), body.settings(service), is_infilling=bool(body.suffix))
+        prompt = await service.completion(text)
+    request = Request((prompt,), body.settings(service))
     return await _reply("response", body, request, service, client)
 
 
@@ -90,8 +89,7 @@ async def chat(body: ChatBody, service: Ready, client: Client) -> Response:
         raise ApiError(400, f"{service.name} does not support tools")
     if not body.messages:
         return as_json(_line(service, "message", "") | {"done": True, "done_reason": "load"})
-    prompt = prompts.dialog(service.tokenizer, [message.plain() for message in body.messages])
-    request = Request((prompt,), body.settings(service))
+    request = Request((await service.dialog(body.messages),), body.settings(service))
     return await _reply("message", body, request, service, client)
 
 

@@ -6,20 +6,22 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
 from pydantic import Discriminator, Field, Tag
 
 from codellama.engine import Piece, SamplingParams
-from codellama.serve import prompts, tabby
+from codellama.engine.runner import Chosen
+from codellama.serve import tabby
 from codellama.serve.bodies import Body, ChatMessage, Factor, N, ResponseFormat, Sampling, Whole
 from codellama.serve.generation import Edit, Request, Result
+from codellama.serve.prompts import Prompt
 from codellama.serve.replies import ApiError, as_events, as_json
 from codellama.serve.service import Client, Ready, Service, Stream
-from codellama.tokenizer import Tokenizer
+from codellama.tokenizer import StreamDecoder, Tokenizer
 
 router = APIRouter()
 _SPOKEN = {None: None, "stop": "stop", "length": "length", "cancelled": "length"}
@@ -43,11 +45,9 @@ class _Asked(Sampling):
     stop_token_ids: list[Whole] | None = None
     return_token_ids: bool | None = None
     suffix_first: bool | None = None
-    """Ours: SPM instead of PSM."""
     trim_suffix: bool = False
-    """Ours: without an end that repeats the suffix."""
     end_at_line: bool = False
-    """Ours: where max_tokens cuts a text, without its last, unfinished line."""
+    """These three are ours: SPM instead of PSM, and how a text ends, as in `Edit`."""
 
     def settings(self, default_tokens: int, **more: Any) -> SamplingParams:
         """What the engine is asked for."""
@@ -62,12 +62,10 @@ class _Asked(Sampling):
             **more,
         )
 
-    def request(
-        self, found: Sequence[prompts.Prompt], params: SamplingParams, **more: Any
-    ) -> Request:
+    def request(self, found: Sequence[Prompt], params: SamplingParams, **more: Any) -> Request:
         """For all prompts."""
         stops = tuple(self.stop_token_ids or ())
-        found = [prompts.Prompt(p.ids, (*p.stop_ids, *stops), p.suffix) for p in found]
+        found = [replace(prompt, stop_ids=prompt.stop_ids + stops) for prompt in found]
         edit = Edit(trim_suffix=self.trim_suffix, whole_lines=self.end_at_line)
         return Request(tuple(found), params, self.n or 1, edit=edit, **more)
 
@@ -127,12 +125,12 @@ async def completions(body: CompletionOrTabby, service: Ready, client: Client) -
     wants_logprobs = body.logprobs is not None or best_of > n
     params = body.settings(16, logprobs=wants_logprobs, top_logprobs=body.logprobs)
     if body.suffix is None:
-        recognise = service.limits.recognise
-        found = [prompts.completion(service.tokenizer, text, recognise) for text in texts]
+        found = [await service.completion(text) for text in texts]
     else:
         before = [t if isinstance(t, str) else service.tokenizer.decode(t) for t in texts]
-        found = [service.gap(text, body.suffix, body.suffix_first) for text in before]
-    request = body.request(found, params, best_of=best_of, is_infilling=body.suffix is not None)
+        found = [await service.gap(t, body.suffix, body.suffix_first) for t in before]
+    n_scored = body.logprobs if body.echo else None
+    request = body.request(found, params, best_of=best_of, n_scored=n_scored)
     return await _Reply("text_completion", service, body, request, texts).send(client)
 
 
@@ -140,8 +138,8 @@ async def completions(body: CompletionOrTabby, service: Ready, client: Client) -
 async def fim_completions(body: FimBody, service: Ready, client: Client) -> Response:
     """Fill the gap between prompt and suffix; the reply is shaped like chat."""
     params = body.settings(service.most_tokens, seed=body.random_seed)
-    gap = service.gap(body.prompt, body.suffix or "", body.suffix_first)
-    request = body.request([gap], params, is_infilling=True)
+    gap = await service.gap(body.prompt, body.suffix or "", body.suffix_first)
+    request = body.request([gap], params)
     return await _Reply("chat.completion", service, body, request).send(client)
 
 
@@ -154,8 +152,7 @@ async def chat_completions(body: ChatBody, service: Ready, client: Client) -> Re
         body.max_tokens = body.max_completion_tokens
     tops = body.top_logprobs if body.logprobs else None
     params = body.settings(service.most_tokens, logprobs=body.logprobs, top_logprobs=tops)
-    prompt = prompts.dialog(service.tokenizer, [message.plain() for message in body.messages])
-    request = body.request([prompt], params)
+    request = body.request([await service.dialog(body.messages)], params)
     return await _Reply("chat.completion", service, body, request).send(client)
 
 
@@ -186,7 +183,7 @@ class _Reply:
         if self.body.stream:
             return await as_events(self.chunks(self.service.stream(self.request, client)))
         results = await self.service.results(self.request, client)
-        choices = [await self.choice(n, result, "message") for n, result in enumerate(results)]
+        choices = [self.choice(n, result, result) for n, result in enumerate(results)]
         return as_json(self.head(self.kind, choices) | {"usage": self.usage(results)})
 
     async def chunks(self, stream: Stream) -> AsyncGenerator[dict[str, Any]]:
@@ -199,7 +196,7 @@ class _Reply:
                 if self.is_chat and number not in results:
                     opening = {"index": number, "delta": {"role": "assistant", "content": ""}}
                     yield self.head(kind, [opening | {"logprobs": None, "finish_reason": None}])
-                choice = await self.choice(number, piece, "delta", n_chars.get(number))
+                choice = self.choice(number, piece, result, n_chars.get(number))
                 n_chars[number] = n_chars.get(number, 0) + len(choice.get("text", ""))
                 results[number] = result
                 yield self.head(kind, [choice])
@@ -224,23 +221,24 @@ class _Reply:
             "prompt_tokens_details": {"cached_tokens": n_cached},
         }
 
-    async def choice(
-        self, number: int, part: Piece | Result, name: str, n_chars: int | None = None
+    def choice(
+        self, number: int, part: Piece | Result, result: Result, n_chars: int | None = None
     ) -> dict[str, Any]:
         """A text, or its next piece, behind so many characters; None begins it."""
         which, is_first = number // self.request.n, n_chars is None
         choice: dict[str, Any] = {"index": number}
         logprobs = None
         if self.is_chat:
-            role = {"role": "assistant"} if name == "message" else {}
-            choice[name] = role | {"content": part.text}
+            role = {"role": "assistant"} if part is result else {}
+            choice["message" if role else "delta"] = role | {"content": part.text}
             if self.request.params.logprobs:
                 logprobs = {"content": self._chat_logprobs(part)}
         else:
             echo = self.echoes[which] if self.echoes and is_first else None
             choice["text"] = (echo or "") + part.text
             if self.body.logprobs is not None:
-                logprobs = await self._logprobs(which, part, n_chars or 0, echo is not None)
+                echoed = None if echo is None else result.scores
+                logprobs = self._logprobs(which, part, n_chars or 0, echoed)
         choice |= {"logprobs": logprobs, "finish_reason": _SPOKEN[part.finish_reason]}
         if self.body.return_token_ids:
             choice["token_ids"] = part.token_ids
@@ -248,25 +246,29 @@ class _Reply:
                 choice["prompt_token_ids"] = self.request.prompts[which].ids
         return choice
 
-    async def _logprobs(
-        self, which: int, part: Piece | Result, n_chars: int, has_echo: bool
+    def _logprobs(
+        self, which: int, part: Piece | Result, n_chars: int, echoed: Chosen | None
     ) -> dict[str, Any]:
         """The older shape: a list for each property."""
+        tokenizer, prompt = self.service.tokenizer, self.request.prompts[which].ids
         ids, values, tops = list(part.token_ids), [*part.logprobs], [*part.top_logprobs]
-        if has_echo:
-            prompt = self.request.prompts[which].ids
-            scored = await self.service.score(prompt, self.body.logprobs)
+        begins = echoed is not None or (not n_chars and tokenizer.starts_text(prompt))
+        if echoed is not None:
             ids = [*prompt, *ids]
-            values = [None, *(value for _, value, _ in scored), *values]
-            tops = [None, *(top or None for _, _, top in scored), *tops]
-        text = partial(token_text, self.service.tokenizer)
-        tokens = [text(token) for token in ids]
+            values = [None, *(value for _, value, _ in echoed), *values]
+            tops = [None, *(top or None for _, _, top in echoed), *tops]
+        # A token's own text may have a space that encoding added, or a part of a character.
+        decoder, offsets = StreamDecoder(tokenizer, begins), []
+        for token in ids:
+            offsets.append(n_chars)
+            n_chars += len(decoder.push(token))
+        text = partial(token_text, tokenizer)
         shown = [top and {text(i): _finite(p) for i, p in top} for top in tops]
         return {
-            "tokens": tokens,
+            "tokens": [text(token) for token in ids],
             "token_logprobs": [value if value is None else _finite(value) for value in values],
             "top_logprobs": shown if self.body.logprobs else None,
-            "text_offset": list(accumulate(map(len, tokens), initial=n_chars))[:-1],
+            "text_offset": offsets,
         }
 
     def _chat_logprobs(self, part: Piece | Result) -> list[dict[str, Any]]:

@@ -19,15 +19,21 @@ from codellama.tokenizer.chat import Message
 
 # The space before a marker belongs to it; so does the one behind <PRE>. Behind <SUF> a space is
 # text, except before a line's end, where a client that writes one there would otherwise leave it.
-_WRITTEN = re.compile(r"\s?(?:<s>)?\s?<PRE>(.*)<SUF>(.*)<MID>(.*)", re.DOTALL)
+_BEGINNING = re.compile(r"\s?(?:<s>)?\s?<PRE>")
 _UNIT = re.compile(r"[^\n]{0,200}\n|[^\n]{1,200}")
 _MAX_CHARS = 64  # of a token, generously
 _MARGIN_TOKENS = 16  # control ids, and what units encoded alone may save
-_SLASHES = re.compile(
-    r"\.(c|h|cc|cpp|hpp|cs|java|[cm]?js|jsx|tsx?|go|rs|swift|kt|scala|php|dart|d|zig|cu|groovy|m"
-    r"|sol|proto)"
-)
-_MARKUP = re.compile(r"\.(md|html|xml|vue)")
+_FORMS = {  # of comments, by the endings of files
+    "// {}": "c h cc cpp hpp cs java js mjs cjs jsx ts tsx go rs swift kt scala dart d zig cu glsl "
+    "groovy less m proto scss sol sv typ v wgsl",
+    "-- {}": "adb ads elm hs idr lean lua luau sql vhd vhdl",
+    "; {}": "asm clj cljs el ll lisp nasm rkt scm",
+    "% {}": "bib erl tex",
+    "/* {} */": "css",
+    "<!-- {} -->": "html ipynb md svelte svg vue xml xsl",
+    "<?php // {} ?>": "php",
+}
+_COMMENTS = {f".{ending}": form for form, endings in _FORMS.items() for ending in endings.split()}
 
 
 @dataclass(frozen=True)
@@ -39,17 +45,17 @@ class Prompt:
     suffix: str = ""
     """What stands behind the gap."""
     is_truncated: bool = False
+    is_infilling: bool = False
 
 
 def completion(tokenizer: Tokenizer, text: str | Sequence[int], recognise: bool = True) -> Prompt:
-    """A text to continue, ids as they are, or an infilling in its written form.
-
-    Raises:
-        ValueError: nothing to continue, or an id outside the vocabulary.
-    """
+    """A text to continue, ids as they are if all are known, or an infilling in its written form."""
     if isinstance(text, str):
         if recognise and tokenizer.supports_infilling and (gap := written_gap(text)):
-            return _written(tokenizer, *gap)
+            prefix, suffix, middle, suffix_first = gap
+            ids = tokenizer.encode_infilling(prefix, suffix, suffix_first)
+            ids += tokenizer.encode_without_prefix_space(middle)
+            return _gap(tokenizer, ids, suffix)
         return Prompt(tuple(tokenizer.encode(text, bos=True)), (tokenizer.eos_id,))
     if not text:
         raise ValueError("prompt is an empty list: expected at least one token id")
@@ -57,7 +63,7 @@ def completion(tokenizer: Tokenizer, text: str | Sequence[int], recognise: bool 
         raise ValueError(f"prompt holds id {wrong}: expected ids in [0, {tokenizer.vocab_size})")
     is_gap = tokenizer.supports_infilling and tokenizer.middle_id in text
     stops = gaps.stop_ids(tokenizer) if is_gap else (tokenizer.eos_id,)
-    return Prompt(tuple(text), stops)
+    return Prompt(tuple(text), stops, is_infilling=is_gap)
 
 
 def infilling(
@@ -74,14 +80,11 @@ def infilling(
         files: (path, text) of other files, put before the prefix as training put them.
         room: tokens that the prompt may have; files go first, the oldest before the others, then
             lines far from the gap. None leaves the prompt as it is.
-
-    Raises:
-        ValueError: the model cannot infill.
     """
     ids = tokenizer.encode_infilling(_headed(files) + prefix, suffix, suffix_first)
     surplus = 0 if room is None else len(ids) - room
     if room is None or surplus <= 0:
-        return Prompt(tuple(ids), gaps.stop_ids(tokenizer), suffix)
+        return _gap(tokenizer, ids, suffix)
     n_dropped = 0
     while n_dropped < len(files) and surplus > 0:
         dropped = _headed(files[n_dropped : n_dropped + 1])
@@ -91,24 +94,22 @@ def infilling(
         prefix, suffix = _fitted(tokenizer, prefix, suffix, room - _MARGIN_TOKENS)
     before = _headed(files[n_dropped:]) + prefix
     ids = tokenizer.encode_infilling(before, suffix, suffix_first)
-    return Prompt(tuple(ids), gaps.stop_ids(tokenizer), suffix, is_truncated=True)
+    return _gap(tokenizer, ids, suffix, is_cut=True)
 
 
 def dialog(tokenizer: Tokenizer, messages: Sequence[Message]) -> Prompt:
-    """The assistant's next message.
-
-    Raises:
-        ValueError: as `encode_dialog`.
-    """
+    """The assistant's next message; refused as `encode_dialog` refuses it."""
     return Prompt(tuple(tokenizer.encode_dialog(messages)), dialogs.stop_ids(tokenizer))
 
 
 def written_gap(text: str) -> tuple[str, str, str, bool] | None:
     """(prefix, suffix, beginning of the middle, suffix first) of an infilling in written form."""
-    match = _WRITTEN.fullmatch(text)
-    if match is None:
+    if (begin := _BEGINNING.match(text)) is None:
         return None
-    prefix, suffix, middle = match.groups()
+    before, _, middle = text[begin.end() :].rpartition("<MID>")
+    prefix, marker, suffix = before.rpartition("<SUF>")
+    if not marker:
+        return None
     suffix_first = not prefix.strip(" ") and bool(middle.strip())
     is_spaced = prefix.endswith(" ") and suffix.endswith(" ")
     if is_spaced:
@@ -120,12 +121,8 @@ def written_gap(text: str) -> tuple[str, str, str, bool] | None:
     return prefix, suffix, middle if middle.strip() else "", False
 
 
-def _written(
-    tokenizer: Tokenizer, prefix: str, suffix: str, middle: str, suffix_first: bool
-) -> Prompt:
-    ids = tokenizer.encode_infilling(prefix, suffix, suffix_first)
-    ids += tokenizer.encode_without_prefix_space(middle)
-    return Prompt(tuple(ids), gaps.stop_ids(tokenizer), suffix)
+def _gap(tokenizer: Tokenizer, ids: Sequence[int], suffix: str, is_cut: bool = False) -> Prompt:
+    return Prompt(tuple(ids), gaps.stop_ids(tokenizer), suffix, is_cut, is_infilling=True)
 
 
 def _headed(files: Iterable[tuple[str, str]]) -> str:
@@ -135,10 +132,7 @@ def _headed(files: Iterable[tuple[str, str]]) -> str:
 
 def _comment(path: str) -> str:
     path = path.replace("\n", " ")
-    ending = PurePosixPath(path).suffix.lower()
-    if _MARKUP.fullmatch(ending):
-        return f"<!-- {path} -->"
-    return f"// {path}" if _SLASHES.fullmatch(ending) else f"# {path}"
+    return _COMMENTS.get(PurePosixPath(path).suffix.lower(), "# {}").format(path)
 
 
 def _fitted(tokenizer: Tokenizer, prefix: str, suffix: str, room: int) -> tuple[str, str]:

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
-import traceback
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends
 from fastapi import Request as HttpRequest
 
 from codellama.engine import Engine, Piece, SamplingParams
+from codellama.engine.batcher import where
 from codellama.engine.endpoint import Endpoint
 from codellama.engine.grammar import matcher_of
 from codellama.engine.runner import Chosen
+from codellama.engine.upstream import FailedError
 from codellama.serve import prompts
+from codellama.serve.bodies import ChatMessage
 from codellama.serve.generation import Edit, Request, Result, edited
 from codellama.serve.metrics import Metrics
 from codellama.serve.prompts import Prompt
@@ -34,6 +38,12 @@ _log = logging.getLogger(__name__)
 Stream = AsyncGenerator[tuple[int, Piece, Result]]
 """Number of the text, its next piece, and all of it so far."""
 News = asyncio.Queue[tuple[int, Piece, Result] | ApiError]
+Job = tuple[Prompt, SamplingParams]
+T = TypeVar("T")
+arrived: ContextVar[Callable[[], object]] = ContextVar("arrived", default=lambda: None)
+"""To be called once a request is admitted or refused."""
+is_long: ContextVar[bool] = ContextVar("is_long", default=False)
+"""Whether a request has so much text that encoding it would hold up others."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,9 @@ class Limits:
     """Whether prompts in the written form of infilling are taken for it."""
     suffix_first: bool = False
     """SPM where a client does not say."""
+    trim_suffix: bool = False
+    end_at_line: bool = False
+    """Whether infilling ends as in `Edit`, also where a client does not ask for it."""
 
 
 class Service:
@@ -97,7 +110,15 @@ class Service:
         known = ["completion"] + ["insert"] * self.tokenizer.supports_infilling
         return known + ["chat"] * (self.tokenizer.chat_format is not None)
 
-    def gap(
+    async def completion(self, text: str | Sequence[int]) -> Prompt:
+        """As `prompts.completion`."""
+        return await beside(prompts.completion, self.tokenizer, text, self.limits.recognise)
+
+    async def dialog(self, messages: Sequence[ChatMessage]) -> Prompt:
+        """As `prompts.dialog`."""
+        return await beside(prompts.dialog, self.tokenizer, [m.plain() for m in messages])
+
+    async def gap(
         self,
         prefix: str,
         suffix: str,
@@ -113,35 +134,53 @@ class Service:
         if not self.tokenizer.supports_infilling:
             message = f"{self.name} does not support insert: it was not trained to infill"
             raise ApiError(501 if n_tokens else 400, message, "suffix", "fim_not_supported")
-        if suffix_first is None:
-            suffix_first = self.limits.suffix_first
+        spm = self.limits.suffix_first if suffix_first is None else suffix_first
         room = self.max_context - min(n_tokens, self.max_context // 4) if n_tokens else None
-        return prompts.infilling(self.tokenizer, prefix, suffix, suffix_first, files, room)
+        return await beside(prompts.infilling, self.tokenizer, prefix, suffix, spm, files, room)
 
     async def stream(
         self, request: Request, client: str | None = None, whole: bool = False
     ) -> Stream:
         """Every piece of every text of a request, as they come; texts count prompt by prompt.
 
-        Args:
-            whole: each text in two pieces, which costs the event loop less.
+        Where `whole`, each text comes in two pieces, which costs the event loop less.
 
         Raises:
             ApiError: refused, too late, replaced by a newer request of this client, or failed.
         """
         jobs = await self._jobs(request)
-        news: News = asyncio.Queue()
-        only_newest = self.limits.newest_wins and request.is_infilling
-        leave = self._enter(jobs, news, client if only_newest else None)
-        whole = whole and request.edit == Edit()
-        tasks = [
-            asyncio.ensure_future(self._write(n, Result(prompt), params, request.edit, whole, news))
-            for n, (prompt, params) in enumerate(jobs)
-        ]
+        edit, limits, news = request.edit, self.limits, News()
+        is_infilling = any(prompt.is_infilling for prompt in request.prompts)
+        if is_infilling:
+            trims = edit.trim_suffix or limits.trim_suffix
+            ends = edit.whole_lines or limits.end_at_line
+            edit = replace(edit, trim_suffix=trims, whole_lines=ends)
+        leave = self._enter(jobs, news, client if limits.newest_wins and is_infilling else None)
+        scores: dict[Prompt, Chosen] = {}
+
+        async def write(number: int, prompt: Prompt, params: SamplingParams) -> None:
+            result, stops = Result(prompt), prompt.stop_ids
+            with self.metrics.text(result):
+                try:
+                    if request.n_scored is not None:
+                        result.scores = await self._score(prompt, request.n_scored, scores)
+                    is_whole = whole and edit == Edit()
+                    pieces: Any = self.source.pieces(prompt.ids, params, stops, is_whole)
+                    if edit != Edit():
+                        pieces = edited(pieces, edit, prompt.suffix)
+                    async with aclosing(pieces) as stream:
+                        async for piece in stream:
+                            result.add(piece)
+                            news.put_nowait((number, piece, result))
+                except Exception as error:  # noqa: BLE001  its client must hear of it, whatever it is
+                    is_far = isinstance(self.source, Endpoint)
+                    news.put_nowait(_failed_there(error) if is_far else failed(error))
+
+        tasks = [asyncio.ensure_future(write(number, *job)) for number, job in enumerate(jobs)]
         for task in tasks:
             task.add_done_callback(leave)
-        late = ApiError(504, f"not finished within {self.limits.timeout_s:g} s")
-        timer = asyncio.get_running_loop().call_later(self.limits.timeout_s, news.put_nowait, late)
+        late = ApiError(504, f"not finished within {limits.timeout_s:g} s")
+        timer = asyncio.get_running_loop().call_later(limits.timeout_s, news.put_nowait, late)
         n_left = len(tasks)
         try:
             while n_left:
@@ -158,11 +197,7 @@ class Service:
                     task.cancel()
 
     async def results(self, request: Request, client: str | None = None) -> list[Result]:
-        """All texts of a request once they are whole, the best n of each prompt.
-
-        Raises:
-            ApiError: as `stream`.
-        """
+        """As `stream`, all texts of a request once they are whole, the best n of each prompt."""
         async with aclosing(self.stream(request, client, whole=True)) as stream:
             found = {number: result async for number, _, result in stream}
         best: list[Result] = []
@@ -173,16 +208,23 @@ class Service:
             best += group[: request.n]
         return best
 
-    async def score(self, ids: Sequence[int], n_top: int) -> Chosen:
-        """A prompt's tokens after the first, as `Engine.rank`; one prompt at a time.
+    async def _score(self, prompt: Prompt, n_top: int, known: dict[Prompt, Chosen]) -> Chosen:
+        """As `Engine.rank`, one prompt at a time, each once; a cluster ranks no other tokens."""
 
-        A cluster gives no likeliest tokens.
-        """
-        async with self._scoring:
+        def rank() -> Chosen:
             if isinstance(self.source, Engine):
-                return await asyncio.to_thread(self.source.rank, ids, n_top)
-            [found] = await asyncio.to_thread(self.source.score, [ids])
-            return [(token, p, ()) for token, p in zip(ids[1:], found, strict=True)]
+                return self.source.rank(prompt.ids, n_top)
+            [found] = self.source.score([prompt.ids])
+            return [(token, p, ()) for token, p in zip(prompt.ids[1:], found, strict=True)]
+
+        async with self._scoring:
+            if prompt not in known:
+                work = asyncio.ensure_future(asyncio.to_thread(rank))
+                try:
+                    known[prompt] = await asyncio.shield(work)
+                finally:  # who leaves has a place until the thread ends, which nothing can cut off
+                    await asyncio.wait({work})
+            return known[prompt]
 
     def end(self, error: ApiError, client: str | None = None) -> None:
         """End what is under way, of one client or of all."""
@@ -190,7 +232,7 @@ class Service:
             if client in (None, owner):
                 news.put_nowait(error)
 
-    async def _jobs(self, request: Request) -> list[tuple[Prompt, SamplingParams]]:
+    async def _jobs(self, request: Request) -> list[Job]:
         """Each text's prompt and params; the i-th of a prompt has the seed + i."""
         params, most = request.params, self.limits.max_new_tokens
         if params.max_tokens > most < self.max_context:
@@ -207,9 +249,7 @@ class Service:
         seeds = [None if params.seed is None else params.seed + i for i in range(request.n_tried)]
         return [(p, replace(params, seed=seed)) for p in request.prompts for seed in seeds]
 
-    def _enter(
-        self, jobs: list[tuple[Prompt, SamplingParams]], news: News, client: str | None
-    ) -> Callable[[object], None]:
+    def _enter(self, jobs: list[Job], news: News, client: str | None) -> Callable[[object], None]:
         """Count a request in; what is returned counts a text of it out."""
         limits = self.limits
         tokens = [min(len(p.ids) + params.max_tokens, self.max_context) for p, params in jobs]
@@ -222,12 +262,12 @@ class Service:
             )
         if client is not None:
             self.end(ApiError(409, "a newer request of this client took its place"), client)
-        is_busy = self.n_tokens + n_tokens > limits.max_total_tokens
-        if n_texts > self.n_left or is_busy:
+        if n_texts > self.n_left or self.n_tokens + n_tokens > limits.max_total_tokens:
             raise busy()
         self.n_texts += n_texts
         self.n_tokens += n_tokens
         self._under_way[news] = client
+        arrived.get()()
 
         def leave(task: object) -> None:
             self.n_texts -= 1
@@ -237,52 +277,43 @@ class Service:
 
         return leave
 
-    async def _write(
-        self, n: int, result: Result, params: SamplingParams, edit: Edit, whole: bool, news: News
-    ) -> None:
-        """Bring the pieces of one text into the queue."""
-        prompt, source = result.prompt, self.source
-        with self.metrics.text(result):
-            try:
-                pieces: Any = source.pieces(prompt.ids, params, prompt.stop_ids, whole)
-                if edit != Edit():
-                    pieces = edited(pieces, edit, prompt.suffix)
-                async with aclosing(pieces) as stream:
-                    async for piece in stream:
-                        result.add(piece)
-                        news.put_nowait((n, piece, result))
-            except Exception as error:  # noqa: BLE001  whatever it is, the client must hear of it
-                refused = isinstance(source, Endpoint) and isinstance(error, ValueError)
-                news.put_nowait(ApiError(400, str(error)) if refused else failed(error))
+
+async def beside(build: Callable[..., T], *args: Any) -> T:
+    """What is built of a request's texts; beside the event loop where they are long."""
+    return await asyncio.to_thread(build, *args) if is_long.get() else build(*args)
 
 
-def busy() -> ApiError:
+def busy(wait_s: float = 1.0) -> ApiError:
     """The refusal because of the load."""
-    return ApiError(429, "the server is busy; try again", headers={"retry-after": "1"})
+    wait = {"retry-after": str(max(1, math.ceil(wait_s)))}
+    return ApiError(429, "the server is busy; try again", headers=wait)
+
+
+def _failed_there(error: Exception) -> ApiError:
+    """What a client hears of a cluster, whose addresses and words are not for it."""
+    if isinstance(error, FailedError):
+        return busy(error.wait_s)
+    if isinstance(error, ConnectionError):
+        return ApiError(503, "the cluster does not answer", headers={"retry-after": "1"})
+    is_refused = isinstance(error, ValueError)
+    return ApiError(400, "the cluster refuses this request") if is_refused else failed(error)
 
 
 def failed(error: Exception) -> ApiError:
-    """What a client hears of an error of ours: a number that stands in the log, too.
-
-    The log has where it happened but not the message, which may hold what a client wrote.
-    """
+    """What a client hears of an error of ours: a number that stands in the log, too."""
     number = secrets.token_hex(6)
-    where = "".join(traceback.format_tb(error.__traceback__))
-    _log.error("error %s: %s\n%s", number, type(error).__name__, where)
+    _log.error("error %s: %s", number, where(error))
     return ApiError(500, f"the server failed; error {number} in its log")
 
 
 async def ready(http: HttpRequest) -> Service:
-    """The service of an app.
-
-    Raises:
-        ApiError: its model is not there yet, or no longer.
-    """
+    """The service of an app; an ApiError while its model is not there yet, or no longer."""
     service: Service | None = http.app.state.service
+    wait = {"retry-after": "1"}
     if service is None:
-        raise ApiError(503, "Loading model", headers={"retry-after": "1"})
+        raise ApiError(503, "Loading model", headers=wait)
     if service.source.failure is not None:
-        raise ApiError(503, "the model cannot be reached or has stopped")
+        raise ApiError(503, "the model cannot be reached or has stopped", headers=wait)
     return service
 
 

@@ -39,7 +39,6 @@ class _DebugOptions(bodies.Body):
 class Body(bodies.Body):
     """/v1/completions with segments: what stands around the cursor, and elsewhere."""
 
-    language: str | None = None
     segments: _Segments
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
@@ -56,10 +55,10 @@ async def complete(body: Body, service: Service, client: str) -> Response:
         *(segments.declarations or ()),
     )
     files = [(snippet.filepath, snippet.body) for snippet in snippets]
-    prompt = service.gap(segments.prefix, segments.suffix or "", None, files, NEW_TOKENS)
+    prompt = await service.gap(segments.prefix, segments.suffix or "", None, files, NEW_TOKENS)
     n_tokens = min(NEW_TOKENS, service.most_tokens)
     params = SamplingParams(n_tokens, body.temperature or 0.0, seed=body.seed)
-    request = Request((prompt,), params, edit=Edit(trim_suffix=True), is_infilling=True)
+    request = Request((prompt,), params, edit=Edit(trim_suffix=True))
     [result] = await service.results(request, client)
     reply: dict[str, Any] = {"id": f"cmpl-{secrets.token_hex(12)}", "mode": "standard"}
     reply["choices"] = [{"index": 0, "text": result.text}]
