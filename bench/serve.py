@@ -3,7 +3,8 @@
 Everything runs in this process, engine and server alike, so that both have the same cores:
 
     throughput   32 requests at a time over HTTP beside `Engine.complete` with 32 prompts
-    overhead     one request at a time, no tokens but one, beside the engine; and for each token
+    overhead     one request at a time, no tokens but one, beside the engine; and for each token,
+                 whole and streamed
     streams      200 streams at once: first tokens, and whether each has the text of a lone request
     crowd        1,000 requests at once where 64 have a place: how soon the others hear 429
     leaving      clients that leave at random moments: memory and blocks before and after
@@ -88,6 +89,7 @@ def listen(engine: Engine, max_texts: int = 1024) -> str:
         http=Protocol,
         log_level="error",
         access_log=False,
+        proxy_headers=False,  # as `codellama serve`; a wrapper around the app would cost its guard
     )
     threading.Thread(target=uvicorn.Server(config).run, daemon=True).start()
     url = f"http://127.0.0.1:{config.port}"
@@ -146,24 +148,37 @@ def throughput(engine: Engine, url: str, text: str, n_tokens: int) -> dict[str, 
 
 
 def overhead(engine: Engine, url: str) -> dict[str, float]:
-    """Milliseconds that a lone request, and each of its tokens, takes longer than in the engine."""
-    alone: dict[int, list[float]] = {1: [], 129: []}
-    served: dict[int, list[float]] = {1: [], 129: []}
+    """Milliseconds that a lone request, and each of its tokens, takes longer than in the engine.
+
+    Whole, and as a stream with an event for each token.
+    """
+    durations: dict[tuple[str, int], list[float]] = {}
+
+    def timed(kind: str, n_tokens: int, work: Callable[[], object]) -> None:
+        begin = time.perf_counter()
+        work()
+        durations.setdefault((kind, n_tokens), []).append(time.perf_counter() - begin)
+
     with httpx.Client(base_url=url, timeout=120) as client:
+
+        def post(body: dict[str, object]) -> None:
+            assert client.post("/v1/completions", json=body).status_code == 200
+
         for n_tokens in (1, 129):
+            params = SamplingParams(n_tokens, logit_bias=((2, -100.0),))
             for number in range(30):
-                params = SamplingParams(n_tokens, logit_bias=((2, -100.0),))
-                begin = time.perf_counter()
-                engine.complete([f"x{number} = "], params)
-                alone[n_tokens].append(time.perf_counter() - begin)
-                begin = time.perf_counter()
-                client.post("/v1/completions", json=body_of(f"x{number} = ", n_tokens))
-                served[n_tokens].append(time.perf_counter() - begin)
-    extra = {n: 1000 * (statistics.median(served[n]) - statistics.median(alone[n])) for n in alone}
-    return {
-        "overhead_ms": round(extra[1], 3),
-        "overhead_ms_per_token": round((extra[129] - extra[1]) / 128, 4),
-    }
+                prompt = f"x{number} = "
+                body = body_of(prompt, n_tokens)
+                timed("engine", n_tokens, lambda p=prompt, s=params: engine.complete([p], s))
+                timed("", n_tokens, lambda b=body: post(b))
+                timed("_streamed", n_tokens, lambda b=body: post(b | {"stream": True}))
+    found = {key: 1000 * statistics.median(values) for key, values in durations.items()}
+    report: dict[str, float] = {}
+    for kind in ("", "_streamed"):
+        first, all_of = (found[kind, n] - found["engine", n] for n in (1, 129))
+        report[f"overhead{kind}_ms"] = round(first, 3)
+        report[f"overhead{kind}_ms_per_token"] = round((all_of - first) / 128, 4)
+    return report
 
 
 async def stream_all(url: str, bodies: list[dict[str, object]]) -> list[tuple[str, float, float]]:
