@@ -1,6 +1,7 @@
-"""Exact match of single lines of held-out packages: infilled (PSM, SPM) and completed.
+"""Exact match of lines of held-out packages: infilled (PSM, SPM) and completed.
 
     .venv/bin/python bench/infill_lines.py [--model M] [--corpus work/tiny/corpus] [--lines 500]
+        [--bodies]
 
 What is asked and compared: src/codellama/eval/held_out_lines.py. The last line of output is JSON.
 """
@@ -21,10 +22,12 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--corpus", default="work/tiny/corpus")
     parser.add_argument("--lines", type=int, default=500)
+    parser.add_argument("--bodies", action="store_true", help="of functions, of at most 3 lines")
     options = parser.parse_args()
     engine = Engine(options.model)
+    gaps = draw_gaps(options.corpus, options.lines, engine, bodies=options.bodies)
     begin = time.perf_counter()
-    result = fill_lines(engine, draw_gaps(options.corpus, options.lines, engine))
+    result = fill_lines(engine, gaps)
     for package in sorted({gap.package for gap in result.gaps}):
         own = [i for i, gap in enumerate(result.gaps) if gap.package == package]
         shares = "  ".join(
@@ -35,9 +38,11 @@ def main() -> None:
         json.dumps(
             {
                 "bench": "infill_lines",
+                "bodies": options.bodies,
                 "n_lines": len(result.gaps),
                 "exact_match": result.exact_match(),
                 "ended_by_eot": result.ended_by_eot,
+                "nothing_else": result.nothing_else,
                 "duration_s": round(time.perf_counter() - begin, 1),
             }
         )

@@ -71,7 +71,7 @@ def card(
             f"| {name} | {counts['n_documents']:,} | {counts['n_bytes'] / 1e6:,.1f} |"
             for name, counts in licences
         ),
-        **{name: settings[name] for name in ("fim_rate", "peak_lr")},
+        **{name: settings[name] for name in ("fim_rate", "spm_share", "peak_lr", "final_lr_ratio")},
         **{name: f"{settings[name]:,}" for name in ("steps", "batch_tokens", "seq_len")},
         "hours": f"{training_s / 3600:.1f}",
         "validation_loss": f"{validation['validation_loss']:.3f}",
@@ -81,6 +81,7 @@ def card(
         **{f"bits_{way}": f"{bits:.3f}" for way, bits in compressed["bits_per_byte"].items()},
         "n_lines": infilled["n_lines"],
         **{f"exact_{way}": f"{share:.1%}" for way, share in infilled["exact_match"].items()},
+        **{f"ended_{way}": f"{share:.0%}" for way, share in infilled["ended_by_eot"].items()},
         "samples": "\n\n".join(samples(Engine(results["model"]))),
     }
     return CARD.read_text(encoding="utf-8").format_map(fields)

@@ -98,7 +98,7 @@ def our_step(config: ModelConfig, stage: Stage) -> Callable[[Batch], float]:
     """Ours."""
     model = started(config)
     forward = LossFunction(model, stage)
-    return stepping(model, stage, lambda b: forward(b, b.loss_mask.float() / b.loss_mask.sum()))
+    return stepping(model, stage, lambda b: forward(b, b.loss_weights / b.loss_weights.sum()))
 
 
 def logits_step(

@@ -9,7 +9,6 @@ import pytest
 from codellama import Engine, SamplingParams
 from codellama.engine.engine import SHIPPED_MODEL
 
-NOT_YET = "the shipped model saw 122 million tokens; it needs more to do this"
 PERSON = "class Person:\n    def __init__(self, name, age):\n"
 
 
@@ -51,7 +50,7 @@ def test_it_assigns_the_arguments_of_init(engine, prompt):
     [
         ("import os\n\npath = os.path.join(os.path.dirname(__file__", r"\)"),
         ("if not isinstance(value, (int, float", r"\)"),
-        ("def add(self, other", r"(: \w+)?\)"),
+        ("def add(self, other", r"(: \w+)?(, \*+\w+(: \w+)?)*\)"),
     ],
 )
 def test_it_closes_brackets(engine, opened, closed):
@@ -59,17 +58,23 @@ def test_it_closes_brackets(engine, opened, closed):
     result = engine.complete([opened], SamplingParams(max_tokens=12))[0]
     line = opened + result.text.splitlines()[0]
     assert line.count("(") == line.count(")")
-    assert re.match(closed, result.text)  # at once; only a parameter may get its type first
+    assert re.match(closed, result.text)  # at once, but for types and further parameters
 
 
-@pytest.mark.xfail(reason=NOT_YET, strict=True)
-@pytest.mark.parametrize("suffix_first", [False, True])
-def test_it_fills_a_gap_and_ends_there(engine, suffix_first):
-    prefix = "class Person:\n    def __init__(self, name, age):\n        self.name = "
-    suffix = "\n        self.age = age\n"
-    params = SamplingParams(max_tokens=24)
-    result = engine.infill([(prefix, suffix)], params, suffix_first)[0]
-    assert result.text.strip() == "name"
+@pytest.mark.parametrize(
+    ("prefix", "suffix", "middle"),
+    [
+        (PERSON + "        self.name = ", "\n        self.age = age\n", "name"),
+        (
+            'def add(a, b):\n    """Return the sum of a and b."""\n',
+            '\n\n\ndef sub(a, b):\n    """Return the difference of a and b."""\n    return a - b\n',
+            "    return a + b",
+        ),
+    ],
+)
+def test_it_fills_a_gap_and_ends_there(engine, prefix, suffix, middle):
+    result = engine.infill([(prefix, suffix)], SamplingParams(max_tokens=24))[0]
+    assert result.text == middle
     assert result.finish_reason == "stop"
 
 

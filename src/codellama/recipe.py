@@ -124,9 +124,11 @@ class Stage(Section):
     """Share of the transformed documents of which the rest of a line, or a few lines, are taken out
     instead of what lies between two characters. Where a gap ends at a line's end a small model
     learns to end there (docs/experiments.md); not in the paper."""
-    fim_middle_share: Share = 0.0
-    """Share of the transformed documents of which only the middle and its end are learned, which
-    are a tenth of the tokens else; not in the paper."""
+    fim_middle_weight: Annotated[float, Field(gt=0)] = 1.0
+    """How much of the loss a token of a middle or its end is, where others are 1. They are a tenth
+    of the tokens; not in the paper."""
+    prompt_weight: Annotated[float, Field(ge=0)] = 0.0
+    """How much of the loss a token of a dialog is that the assistant did not write."""
     rope_theta: Annotated[float, Field(gt=0)] | None = None
     """Replaces the model's rotary base in this stage and in what it writes."""
     max_spike_sigmas: Annotated[float, Field(gt=0)] | None = None

@@ -55,8 +55,8 @@ def test_cut_points_are_independent():
 
 @given(text=TEXTS, seed=st.integers())
 def test_transformed_document_is_the_document(small_tokenizer, text, seed):
-    ids, begin = transform(small_tokenizer, text, random.Random(seed), 1.0, 0.5)
-    assert begin == 0  # all of it is learned
+    ids, weights = transform(small_tokenizer, text, random.Random(seed), 1.0, 0.5)
+    assert weights is None  # all of it is learned alike
     assert ids is not None
     before, suffix = parts_of(small_tokenizer, ids)
     if before + suffix != text:  # PSM with an empty prefix looks like SPM; its first space is real
@@ -135,17 +135,25 @@ def test_the_share_of_gaps_at_lines_does_not_move_the_other_cut_points(small_tok
     assert 25 < differ < 75
 
 
+def learned_from(tokenizer, rng, spm_share):
+    """The ids of a transformed document, and at which the heavier ones begin."""
+    ids, weights = transform(tokenizer, "", rng, 1.0, spm_share, 0.0, middle_weight=4.0)
+    begin = weights.index(4)
+    assert weights == [1] * begin + [4] * (len(ids) - begin)
+    return ids, begin
+
+
 @pytest.mark.parametrize(
     ("prefix", "middle"), [("a =", " [1, 2"), ("sel", "f.x"), ("", "x"), ("x", "")]
 )
-def test_only_the_middle_is_learned(small_tokenizer, monkeypatch, prefix, middle):
+def test_the_middle_weighs_more(small_tokenizer, monkeypatch, prefix, middle):
     """And EOT; where a token is of both prefix and middle, it is the middle's."""
     monkeypatch.setattr(fim, "split_three", lambda text, rng: (prefix, middle, "]\n"))
     tokenizer, seed = small_tokenizer, random.Random(0)
-    ids, begin = transform(tokenizer, "", seed, 1.0, 0.0, 0.0, 1.0)
+    ids, begin = learned_from(tokenizer, seed, 0.0)
     assert ids[begin - 1] == tokenizer.middle_id
     assert ids[begin:] == [*tokenizer.encode_without_prefix_space(middle), tokenizer.eot_id]
-    ids, begin = transform(tokenizer, "", seed, 1.0, 1.0, 0.0, 1.0)
+    ids, begin = learned_from(tokenizer, seed, 1.0)
     both, before = tokenizer.encode(prefix + middle), tokenizer.encode(prefix)
     n_same = next(
         (i for i, (x, y) in enumerate(zip(both, before, strict=False)) if x != y), len(before)

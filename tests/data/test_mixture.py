@@ -119,7 +119,13 @@ def test_answers_are_learned_and_questions_are_not(chat_tokenizer, tmp_path):
         assert chat_tokenizer.prefix_id not in row.tokens
     assert "answer" in learned
     assert "question" not in learned
-    assert chat_tokenizer.eos_id in row.targets[row.loss_mask], "the end of an answer is learned"
+    ends = row.targets[row.loss_mask]
+    assert chat_tokenizer.eos_id in ends, "the end of an answer is learned"
+    settings = PackingSettings(seq_len=200, prompt_weight=0.5)
+    both = Lane([share], chat_tokenizer, settings, 0, 1).next_sequence()
+    first = both.document_ids == 0
+    assert set(both.loss_weights[first][:-1].tolist()) == {0.5, 1.0}
+    assert "question" in chat_tokenizer.decode(both.targets[both.loss_weights == 0.5].tolist())
 
 
 def test_a_masked_dialog_may_be_cut(chat_tokenizer, tmp_path):

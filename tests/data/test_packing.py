@@ -226,20 +226,20 @@ def test_documents_that_fit_twice_may_stand_twice(small_tokenizer):
     assert 120 < n_twice < 240, "half of those that fit"
 
 
-def test_only_middles_are_learned(small_tokenizer):
+def test_middles_count_more(small_tokenizer):
     texts = [f"def f{n}(a, b):\n    return a + {n} * b\n" for n in range(20)]
-    options = {"seq_len": 512, "fim_rate": 1.0, "spm_share": 0.0, "fim_middle_share": 1.0}
+    options = {"seq_len": 512, "fim_rate": 1.0, "spm_share": 0.0, "fim_middle_weight": 4.0}
     row = make_lane(small_tokenizer, texts, **options).next_sequence()
     middle_id, eot_id = small_tokenizer.middle_id, small_tokenizer.eot_id
     n_transformed = 0
     for document in range(int(row.document_ids.max()) + 1):
         own = row.document_ids == document
-        inputs, learned = row.tokens[own].tolist(), row.loss_mask[own].tolist()
+        inputs, weights = row.tokens[own].tolist(), row.loss_weights[own].tolist()
         if middle_id in inputs and eot_id in inputs:  # else it was cut
             n_transformed += 1
-            at = inputs.index(middle_id)
-            assert learned == [False] * at + [True] * (len(learned) - at - 1) + [False]
+            at, end = inputs.index(middle_id), inputs.index(eot_id)
+            assert weights == [1] * at + [4] * (end - at) + [1, 0]
             assert row.targets[own][at:-2].tolist() == inputs[at + 1 : -1]
     assert n_transformed > 5
-    all_of_it = make_lane(small_tokenizer, texts, **options | {"fim_middle_share": 0.0})
+    all_of_it = make_lane(small_tokenizer, texts, **options | {"fim_middle_weight": 1.0})
     assert row.tokens.tolist() == all_of_it.next_sequence().tokens.tolist()

@@ -582,7 +582,7 @@ def random_batch(n_rows=2, n_positions=48):
     ids = torch.arange(n_positions).div(20, rounding_mode="floor").expand(n_rows, -1)
     positions = (torch.arange(n_positions) % 20).expand(n_rows, -1)
     mask = torch.ones(n_rows, n_positions, dtype=torch.bool)
-    return Batch(tokens, targets, mask, ids.contiguous(), positions.contiguous())
+    return Batch(tokens, targets, mask, ids.contiguous(), positions.contiguous(), mask.float())
 
 
 @pytest.fixture

@@ -127,8 +127,9 @@ def steps(config, n_rows, seq_len):
         tokens = torch.randint(3, config.vocab_size, (n_rows, seq_len))
         places = torch.arange(seq_len).expand(n_rows, seq_len)
         mask = torch.ones_like(tokens, dtype=torch.bool)
-        batch = Batch(tokens, tokens, mask, torch.zeros_like(tokens), places)
-        forward(batch, mask.float() / mask.sum()).backward()
+        weights = mask.float()
+        batch = Batch(tokens, tokens, mask, torch.zeros_like(tokens), places, weights)
+        forward(batch, weights / weights.sum()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return memory(config, stage).total

@@ -64,14 +64,14 @@ def transform(
     fim_rate: float,
     spm_share: float,
     line_share: float = 0.0,
-    middle_share: float = 0.0,
-) -> tuple[list[int], int] | None:
+    middle_weight: float = 1.0,
+) -> tuple[list[int], list[float] | None] | None:
     """A document transformed for infilling, or None when it is drawn to stay as it is.
 
     The draws come in a fixed order, so that a change of one rate does not move the cut points.
 
     Returns:
-        Its ids, and from which of them on to learn: 0, or that of the middle.
+        Its ids, and how much of the loss each is; None for 1.
     """
     is_transformed = rng.random() < fim_rate
     suffix_first = rng.random() < spm_share
@@ -81,13 +81,13 @@ def transform(
     if rng.random() < line_share:
         prefix, middle, suffix = split_at_lines(text, rng)
     ids = infilling_example(tokenizer, prefix, middle, suffix, suffix_first)
-    if rng.random() >= middle_share:
-        return ids, 0
+    if middle_weight == 1:
+        return ids, None
     begin = ids.index(infilling_ids(tokenizer)[2]) + 1  # no text gives a second MID
     if suffix_first:  # one token may be of both, and is then the middle's
         pairs = zip(ids[begin:], tokenizer.encode(prefix), strict=False)
         begin += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return ids, begin
+    return ids, [1.0] * begin + [middle_weight] * (len(ids) - begin)
 
 
 def split_document(text: str, max_chars: int | None, whole_definitions: bool = False) -> list[str]:

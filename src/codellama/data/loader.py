@@ -35,6 +35,7 @@ class Batch(NamedTuple):
     loss_mask: Tensor  # bool
     document_ids: Tensor  # int64
     positions: Tensor  # int64
+    loss_weights: Tensor  # float32; 0 where loss_mask is False
 
     def to(self, device: str) -> Batch:
         """The same batch on a device; from pinned memory this does not wait."""

@@ -60,7 +60,8 @@ class PackingSettings:
     fim_rate: float = 0.0
     spm_share: float = 0.5
     fim_line_share: float = 0.0
-    fim_middle_share: float = 0.0
+    fim_middle_weight: float = 1.0
+    prompt_weight: float = 0.0
     max_document_chars: int | None = None
     repeat_rate: float = 0.0
     seed: int = 0
@@ -83,18 +84,19 @@ class Encoded(NamedTuple):
 
     name: str
     ids: list[int]
-    learn: list[bool] | None = None
-    """Which ids to learn; None for all."""
+    weights: list[float] | None = None
+    """How much of the loss each id is; None for 1."""
 
 
 class PackedSequence(NamedTuple):
     """One row of a batch; every array has `seq_len` items."""
 
     tokens: np.ndarray  # int64
-    targets: np.ndarray  # int64; 0 where loss_mask is False
-    loss_mask: np.ndarray  # bool; False where the next token belongs to another document
+    targets: np.ndarray  # int64; 0 at the end of a document
+    loss_mask: np.ndarray  # bool; False at the end of a document, and what is not learned
     document_ids: np.ndarray  # int64, counted from 0 in each sequence
     positions: np.ndarray  # int64, counted from 0 in each document of the sequence
+    loss_weights: np.ndarray  # float32; 0 where loss_mask is False
 
 
 class Lane:
@@ -132,7 +134,7 @@ class Lane:
     def next_sequence(self) -> PackedSequence:
         """Pack the next `seq_len` tokens and move the state behind them."""
         n_tokens = self.settings.seq_len
-        types = (np.int64, np.int64, np.bool_, np.int64, np.int64)
+        types = (np.int64, np.int64, np.bool_, np.int64, np.int64, np.float32)
         row = PackedSequence(*(np.zeros(n_tokens, dtype) for dtype in types))
         self.names = []
         filled = document = 0
@@ -147,14 +149,16 @@ class Lane:
             end, last = filled + taken, filled + len(following)
             row.tokens[filled:end] = ids[:taken]
             row.targets[filled:last] = following
-            row.loss_mask[filled:last] = True
-            if current.learn is not None:
-                row.loss_mask[filled:last] = current.learn[begin + 1 : begin + 1 + len(following)]
+            row.loss_weights[filled:last] = 1
+            if current.weights is not None:
+                weights = current.weights[begin + 1 : begin + 1 + len(following)]
+                row.loss_weights[filled:last] = weights
             row.document_ids[filled:end] = document
             row.positions[filled:end] = np.arange(taken)
             self._advance(current, taken)
             filled = end
             document += 1
+        np.greater(row.loss_weights, 0, out=row.loss_mask)
         return row
 
     def _advance(self, current: Encoded, taken: int) -> None:
@@ -185,7 +189,7 @@ class Lane:
         """The document that is next, transformed if it fits and is drawn."""
         whole = self._whole()
         settings = self.settings
-        if whole.learn is not None:
+        if whole.weights is not None:
             return whole
         drawn = random.Random(f"{whole.name}/repeat").random() < settings.repeat_rate
         if drawn and 2 * len(whole.ids) <= n_remaining:
@@ -199,19 +203,21 @@ class Lane:
                 settings.fim_rate,
                 settings.spm_share,
                 settings.fim_line_share,
-                settings.fim_middle_share,
+                settings.fim_middle_weight,
             )
             if transformed is not None and len(transformed[0]) + 2 <= n_remaining:
-                ids, begin = transformed
+                ids, weights = transformed
                 ids = [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
-                return Encoded(name, ids, [at > begin for at in range(len(ids))] if begin else None)
+                return Encoded(name, ids, weights and [1.0, *weights, 1.0])
         return whole
 
     def _whole(self) -> Encoded:
         """The current document as it is."""
         name, text = self._document()
         if self.mixture[self._chosen()].are_dialogs:
-            return Encoded(name, *dialog_example(self.tokenizer, json.loads(text)))
+            ids, is_answer = dialog_example(self.tokenizer, json.loads(text))
+            prompt_weight = self.settings.prompt_weight
+            return Encoded(name, ids, [1.0 if learned else prompt_weight for learned in is_answer])
         return Encoded(name, self.tokenizer.encode(text, bos=True, eos=True))
 
     def _document(self) -> tuple[str, str]:

@@ -328,8 +328,8 @@ def _gradients(
     layout = run.layout
     # Ranks average their gradients; what is wanted is the sum. All of a context read all of it.
     n_parts = layout.n_data * layout.n_context
-    n_tokens = parallel.summed(batch.loss_mask.sum().to(device), layout).clamp(min=1).cpu()
-    weights = batch.loss_mask.float() / n_tokens * n_parts * layout.n_context
+    n_tokens = parallel.summed(batch.loss_weights.sum().to(device), layout).clamp(min=1).cpu()
+    weights = batch.loss_weights / n_tokens * n_parts * layout.n_context
     for micro, weight in zip(
         batch.micro_batches(run.stage.micro_batch),
         weights.split(run.stage.micro_batch),

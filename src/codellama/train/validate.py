@@ -44,7 +44,7 @@ def validate(
         rows = _rows(lane, len(documents), min(stage.micro_batch, n_rows - begin))
         if not rows:
             break
-        tokens, targets, mask, document_ids, positions = (
+        tokens, targets, mask, document_ids, positions, _ = (
             torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)
         )
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
