@@ -81,9 +81,7 @@ def read_archive(
     return _tar(file, name, wanted, max_bytes)
 
 
-def up_to_damage(
-    documents: Iterator[RawDocument], name: str, file: BinaryIO
-) -> Iterator[RawDocument]:
+def up_to_damage(documents: Iterator[RawDocument], name: str, file: Any) -> Iterator[RawDocument]:
     """The documents of a container, and behind them why it could not be read to its end."""
     end = RawDocument(name)
     try:
@@ -290,9 +288,7 @@ def read_table(
         )
 
 
-def _parquet_rows(
-    file: BinaryIO, name: str, columns: list[str], _max_bytes: int, part: range
-) -> Rows:
+def _parquet_rows(file: BinaryIO, name: str, columns: list[str], _limit: int, part: range) -> Rows:
     size = file.seek(0, os.SEEK_END)
     table = pq.ParquetFile(file, buffer_size=1 << 20)  # or it would read columns of a group whole
     if absent := [name for name in columns if name not in table.schema_arrow.names]:

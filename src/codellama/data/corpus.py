@@ -229,11 +229,7 @@ class CorpusReader:
 
 
 def random_documents(folder: Path, n: int = 3, n_chars: int = 600) -> dict[str, str]:
-    """The beginnings of some documents to train on, by where they come from; others each time.
-
-    Raises:
-        ValueError: not a corpus folder, or a shard is missing.
-    """
+    """The beginnings of some documents to train on, by where they come from; others each time."""
     reader = CorpusReader(folder, "train", verify=False)
     rows = [reader.row(index) for index in random.sample(range(len(reader)), min(n, len(reader)))]
     return {f"{row['repository']}/{row['path']}": row["text"][:n_chars] for row in rows}

@@ -1,7 +1,6 @@
 """Exact duplicates: of all documents with the same normalised text, one stays.
 
-Near duplicates are `near_dedup`'s. Which copy stays is fixed by the order of the rows, so the
-result does not depend on how the documents were spread over machines.
+Near duplicates are `near_dedup`'s. Which copy stays is fixed by the order of the rows.
 """
 
 from __future__ import annotations
@@ -23,9 +22,6 @@ def normalised_key(text: str) -> bytes:
 
 
 def first_copies(keys: np.ndarray) -> np.ndarray:
-    """For each key the place of the first one that is equal to it.
-
-    keys: [n] of 16-byte void or string type, the preferred documents first.
-    """
+    """For each key the place of the first equal one; keys: [n] of 16 bytes, the preferred first."""
     _, first, which = np.unique(keys, return_index=True, return_inverse=True)
     return first[which]

@@ -2,8 +2,7 @@
 
 Tree-sitter reads files that no compiler would accept, too, and passes over comments and strings.
 
-In: a file's text and language. Out: names as they are written there, such as `..pkg.module` of
-Python, `./part` of JavaScript, `lib/part.h` of C++ and `com.example.Part` of Java.
+In: a file's text and language. Out: names as they are written there, such as `..pkg.module`.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ The list is Pygments' (some 400 languages with their file names), read through i
 here is only what that table leaves open: names that several languages claim, interpreters with
 another name than their language, and which of the names stand for prose or for data.
 
-In: a path and the first bytes of a file. Out: Pygments' short name in lower case, such as `python`,
-`cpp`, `typescript`, `markdown`, or None.
+In: a path and the first bytes of a file. Out: Pygments' short name, such as `python`, or None.
 """
 
 from __future__ import annotations
@@ -54,12 +53,12 @@ def language_of(path: str, head: bytes = b"") -> str | None:
     """The language of a file; the first line decides only where the name says nothing."""
     name = path.rsplit("/", 1)[-1]
     stem, dot, ending = name.rpartition(".")
-    if not dot or not stem:
-        return _table().get(name.lower()) or _of_shebang(head)
-    if found := _table().get(name.lower()) or _ENDINGS.get(f".{ending.lower()}"):
-        return found
     table = _table()
-    return table.get(f".{ending}") or table.get(f".{ending.lower()}") or _of_shebang(head)
+    found = table.get(name.lower())
+    if dot and stem and not found:
+        found = _ENDINGS.get(f".{ending.lower()}")
+        found = found or table.get(f".{ending}") or table.get(f".{ending.lower()}")
+    return found or _of_shebang(head)
 
 
 def kind_of(language: str) -> Kind:
@@ -92,10 +91,8 @@ def _table() -> dict[str, str]:
         for alias in aliases:
             table.setdefault(f"#!{alias.lower()}", language)
         for pattern in patterns:
-            if "[" in pattern or "?" in pattern:
-                continue
             key = pattern.removeprefix("*")
-            if "*" not in key:
+            if not any(sign in key for sign in "[?*"):
                 # The table is in the order of names; the plain language comes before dialects.
                 table.setdefault(key if key.startswith(".") else key.lower(), language)
     return table

@@ -150,13 +150,10 @@ def _wanted_files(root: Path, source: Source, listing: Listing) -> Iterator[Path
     blocked: list[Path] = []
     for folder, folders, names in os.walk(root, onerror=lambda e: blocked.append(Path(e.filename))):
         kept = sorted(name for name in folders if name not in SKIPPED_FOLDERS)
-        listing.n_other[source.name] += len(folders) - len(kept)
+        wanted = sorted(name for name in names if takes(source, name))
+        listing.n_other[source.name] += len(folders) - len(kept) + len(names) - len(wanted)
         folders[:] = kept
-        for name in sorted(names):
-            if takes(source, name):
-                yield Path(folder, name)
-            else:
-                listing.n_other[source.name] += 1
+        yield from (Path(folder, name) for name in wanted)
     yield from blocked
 
 
@@ -314,23 +311,19 @@ def _list_git(source: Source, listing: Listing) -> Iterator[Unit]:
         return
     repository = as_text(root.resolve().name.removesuffix(".git"))
     rows: list[tuple[str, str, int]] = []
-    for line in filter(None, listed.split(b"\0")):
+    lines = listed.split(b"\0")[:-1]
+    for line in lines:
         fields, _, name = line.partition(b"\t")
         mode, _, blob, size = fields.split()
-        if mode.startswith(b"100"):
+        if mode.startswith(b"100"):  # a regular file; not a link, not a submodule
             rows.append((os.fsdecode(name), blob.decode(), int(size)))
-        else:  # a link, or a submodule
-            listing.n_other[source.name] += 1
-    about = [row for row in rows if "/" not in row[0] and LICENCE_FILE.fullmatch(row[0])]
-    texts = [
-        document.content.decode("utf-8", "replace")
-        for document in read_git(str(root), [(p, blob) for p, blob, _ in about], 1_000_000)
-    ]
+    about = [(p, blob) for p, blob, _ in rows if "/" not in p and LICENCE_FILE.fullmatch(p)]
+    texts = [d.content.decode("utf-8", "replace") for d in read_git(str(root), about, 1_000_000)]
     licence = licence_of_metadata(email.message_from_string(""), texts)
-    found: list[_Found] = []
-    for path, blob, size in sorted(rows):
-        if takes(source, path):
-            found.append(_Found(Entry(repository, path, licence, blob), size, blob))
-        else:
-            listing.n_other[source.name] += 1
+    found = [
+        _Found(Entry(repository, path, licence, blob), size, blob)
+        for path, blob, size in sorted(rows)
+        if takes(source, path)
+    ]
+    listing.n_other[source.name] += len(lines) - len(found)
     yield from _in_units(source, found, location=str(root), repository=repository)

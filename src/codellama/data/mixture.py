@@ -109,9 +109,7 @@ def open_mixture(
 ) -> tuple[Share, ...]:
     """Open the collections of a stage.
 
-    Args:
-        collections: those of the recipe, by name.
-        weights: the stage's share of each, on any scale; empty for the whole corpus.
+    weights: the stage's share of each collection, on any scale; empty for the whole corpus.
 
     Raises:
         ValueError: a collection is unknown, empty or damaged, or the repositories are those of

@@ -86,6 +86,7 @@ def plan_corpus(recipe: Recipe) -> list[dict[str, Any]]:
     """
     work = _plan(recipe, build=False)
     rows: list[dict[str, Any]] = []
+    gone = work.listing.unavailable.items()
     for source in recipe.corpus.sources:
         own = [s for s in work.staged if s.unit.source == source.name]
         missing = [s for s in own if not s.path.exists()]
@@ -97,11 +98,7 @@ def plan_corpus(recipe: Recipe) -> list[dict[str, Any]]:
                 "n_bytes": sum(s.unit.n_bytes for s in own),
                 "to_read_bytes": sum(s.unit.n_bytes for s in missing),
                 "n_other_files": work.listing.n_other[source.name],
-                "unavailable": {
-                    name: why
-                    for name, why in work.listing.unavailable.items()
-                    if name.split("/")[0] == source.name
-                },
+                "unavailable": {n: why for n, why in gone if n.split("/")[0] == source.name},
             }
         )
     return rows

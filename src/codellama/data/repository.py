@@ -52,12 +52,11 @@ def write_repositories(corpus: Path, folder: Path) -> None:
         for split in SPLITS:
             reader = CorpusReader(corpus, split)
             writer = ShardWriter(partial, split)
-            n_documents[split] = 0
             for row in _rows(reader, split):
                 writer.add(pa.Table.from_pylist([row], schema=SCHEMA))
-                n_documents[split] += 1
             writer.close()
             shards += writer.shards
+            n_documents[split] = sum(shard["rows"] for shard in writer.shards)
         digest = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode())
         write_manifest(
             partial,
@@ -92,8 +91,8 @@ def _rows(reader: CorpusReader, split: Split) -> Iterator[dict[str, Any]]:
             n_bytes += len(texts[path])
             if n_bytes < PART_BYTES and number + 1 < len(ordered):
                 continue
-            heads = {p: _COMMENTS.get(languages[p], "# {}").format(p) for p in part}
-            text = "\n\n".join(f"{heads[p]}\n{texts[p]}" for p in part)
+            forms = {p: _COMMENTS.get(languages[p], "# {}") for p in part}
+            text = "\n\n".join(f"{forms[p].format(p)}\n{texts[p]}" for p in part)
             content = text.encode()
             kept = [indices[p] for p in part]
             yield {

@@ -109,8 +109,7 @@ class Selection:
         sizes = np.bincount(self.stands_for[self.stands_for >= 0], minlength=1)
         redacted = Counter(pc.list_flatten(kept.column("redacted")).to_pylist())
         return {
-            "n_documents": {n: of_split.get(i, none)["n_documents"] for i, n in enumerate(SPLITS)},
-            "n_bytes": {n: of_split.get(i, none)["n_bytes"] for i, n in enumerate(SPLITS)},
+            **{key: {n: of_split.get(i, none)[key] for i, n in enumerate(SPLITS)} for key in none},
             "held_out_by": "document" if held & set(repository[self.split == TRAIN]) else "package",
             "held_out": sorted(held),
             "sources": {

@@ -52,10 +52,9 @@ def assign_splits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decide the split of each row, mark duplicates, and name the row that stands for each.
 
-    Of documents with equal normalised text one stays, and of those that are near duplicates: the
-    one of a held-out package first, so that nothing like what is validated on is trained on; then
-    the one of the earlier source; then of near duplicates the longest; then the first by name.
-    Without any held-out document, single documents are held out by their hash.
+    Of duplicates one stays: that of a held-out package first, so that nothing like what is
+    validated on is trained on; then that of the earlier source; then of near duplicates the
+    longest; then the first by name. Without held-out packages, documents are held out by hash.
 
     Returns: splits [n] of DROPPED, TRAIN or VALIDATION; representatives [n], -1 for those of other
     corpora.
