@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from codellama import Engine, SamplingParams
+from codellama import Engine, SamplingParams, demo
 from codellama.engine.engine import SHIPPED_MODEL
 
 PERSON = "class Person:\n    def __init__(self, name, age):\n"
@@ -90,3 +90,11 @@ def test_it_agrees_with_transformers(engine):
     ids = theirs.generate(**inputs, max_new_tokens=40, do_sample=False)[0]
     result = ours.complete([PERSON], SamplingParams(max_tokens=40))[0]
     assert list(result.token_ids) == ids[inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_the_demonstration_shows_what_it_can_do(engine, capsys):
+    demo.show(engine)
+    shown = capsys.readouterr().out
+    assert "        self.name = name\n        self.age = age" in shown
+    assert '"""Return the sum of a and b."""\n    return a + b\n\n\ndef sub' in shown
+    assert "tokens per second" in shown

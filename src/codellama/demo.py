@@ -12,8 +12,8 @@ from codellama.engine import Engine, SamplingParams
 
 COMPLETION = "class Person:\n    def __init__(self, name, age):\n"
 GAP = (
-    'def is_palindrome(text):\n    """Return True if text reads the same backwards."""\n',
-    "\n\n\ndef main():\n    print(is_palindrome('level'))\n",
+    'def add(a, b):\n    """Return the sum of a and b."""\n',
+    '\n\n\ndef sub(a, b):\n    """Return the difference of a and b."""\n    return a - b\n',
 )
 NEXT = """Try next:
   .venv/bin/codellama complete 'def fibonacci(n):'
@@ -32,7 +32,7 @@ def show(engine: Engine) -> None:
     engine.complete([COMPLETION], SamplingParams(max_tokens=4))  # warm up before timing
     begin = time.perf_counter()
     completed = engine.complete([COMPLETION], params)[0]
-    filled = engine.infill([GAP], params, suffix_first=True)[0]
+    filled = engine.infill([GAP], SamplingParams(max_tokens=48))[0]
     duration_s = time.perf_counter() - begin
     console.print("\n[bold]A function completed[/bold] (new text in green)\n")
     console.print(Text(COMPLETION, "dim") + Text(completed.text, "bold green"), soft_wrap=True)
