@@ -14,8 +14,9 @@ from codellama.tokenizer.chat import TAGS
 from codellama.tokenizer.variants import INFILLING_PIECES
 
 GAP = ("def area(r):\n    ", "\n    return a\n")
-PARAMS = SamplingParams(max_tokens=12)
-GREEDY = {"num_predict": 12, "temperature": 0}
+N_TOKENS = 5  # before the model ends the gap by itself
+PARAMS = SamplingParams(max_tokens=N_TOKENS)
+GREEDY = {"num_predict": N_TOKENS, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def client(server):
 def test_ollama_generate(client, engine, expected):
     reply = client.generate("codellama", GAP[0], suffix=GAP[1], options=GREEDY)
     assert reply.response == expected
-    assert (reply.done, reply.done_reason, reply.eval_count) == (True, "length", 12)
+    assert (reply.done, reply.done_reason, reply.eval_count) == (True, "length", N_TOKENS)
     parts = list(client.generate("codellama", GAP[0], suffix=GAP[1], options=GREEDY, stream=True))
     assert "".join(part.response for part in parts) == expected
     assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
@@ -53,7 +54,7 @@ def test_ollama_chat_show_list(client, engine):
 
 
 def test_mistral(post, server, expected):
-    body = {"prompt": GAP[0], "suffix": GAP[1], "max_tokens": 12, "temperature": 0}
+    body = {"prompt": GAP[0], "suffix": GAP[1], "max_tokens": N_TOKENS, "temperature": 0}
     assert post("/v1/fim/completions", **body)["choices"][0]["message"]["content"] == expected
     with httpx.stream("POST", f"{server}/v1/fim/completions", json=body | {"stream": True}) as r:
         lines = [line.removeprefix("data: ") for line in r.iter_lines() if line]
@@ -91,10 +92,10 @@ def infill(**more):
 
 
 def test_infill(post, engine, expected):
-    reply = post("/infill", **infill(n_predict=12))
+    reply = post("/infill", **infill(n_predict=N_TOKENS))
     assert expected.startswith(reply["content"])
     assert (reply["stop"], reply["stop_type"], reply["truncated"]) == (True, "limit", False)
-    assert reply["timings"]["predicted_n"] == 12
+    assert reply["timings"]["predicted_n"] == N_TOKENS
     extra = [{"filename": "a/b.py", "text": "A = 1", "time": 0}, {"text": "B = 2"}]
     reply = post("/infill", **infill(input_extra=extra, n_predict=1))
     assert reply["prompt"] == "# a/b.py\nA = 1\n\n# snippet\nB = 2\n\n" + "".join(GAP)
@@ -168,7 +169,7 @@ def test_what_does_not_fit_is_left_out_and_said(post, engine):
 
 def test_completion_of_llama_cpp(post, server, engine):
     prompt = "def fibonacci(n):\n"
-    [expected] = engine.complete([prompt], PARAMS)
+    [expected] = engine.complete([prompt], SamplingParams(max_tokens=12))
     body = {"prompt": prompt, "n_predict": 12, "temperature": 0}
     assert post("/completion", **body)["content"] == expected.text
     with httpx.stream("POST", f"{server}/completion", json=body | {"stream": True}) as reply:
