@@ -19,7 +19,8 @@ from typing import Any
 
 from codellama import Engine, SamplingParams
 from codellama.artifact import new_folder
-from codellama.train.metrics import read_metrics
+from codellama.rows import read_rows
+from codellama.train.metrics import METRICS_FILE
 
 CARD = Path(__file__).parent / "model_card.md"
 COMPLETIONS = (
@@ -53,7 +54,7 @@ def card(
     corpus = json.loads((work / "corpus" / "manifest.json").read_text(encoding="utf-8"))
     record = json.loads((run_dir / "recipe.json").read_text(encoding="utf-8"))
     settings = record["settings"]
-    rows = read_metrics(run_dir)
+    rows = read_rows(run_dir / METRICS_FILE)
     steps = [row for row in rows if "loss" in row]
     validation = [row for row in rows if "validation_loss" in row][-1]
     training_s = sum(settings["batch_tokens"] / row["tokens_per_s"] for row in steps)

@@ -28,6 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "recipe_selfinstruct": {"recipe_corpus"},
     "recipe": {"recipe_corpus", "recipe_selfinstruct"},
     "sandbox": set(),
+    "rows": {"artifact"},
     "terminal": set(),
     # the parts
     "model": {"recipe", "artifact"},
@@ -35,18 +36,18 @@ LAYERS: dict[str, set[str]] = {
     "weights": {"model", "tokenizer", "artifact"},
     "describe": {"weights", "model", "tokenizer"},
     "data": {"tokenizer", "weights", "recipe", "artifact"},
-    "train": {"model", "data", "tokenizer", "weights", "recipe", "artifact"},
+    "train": {"model", "data", "tokenizer", "weights", "recipe", "artifact", "rows"},
     "engine": MODEL_SIDE | {"recipe"},
-    "eval": {"engine", "sandbox", "data", "tokenizer", "recipe", "artifact"},
+    "eval": {"engine", "sandbox", "data", "tokenizer", "recipe", "artifact", "rows"},
     # it samples, judges and measures as benchmarks do
-    "selfinstruct": {"eval", "engine", "sandbox", "data", "tokenizer", "artifact"}
+    "selfinstruct": {"eval", "engine", "sandbox", "data", "tokenizer", "artifact", "rows"}
     | {"recipe", "recipe_selfinstruct"},
     "serve": {"engine", "tokenizer", "recipe", "artifact"},
-    "bulk": {"engine", "eval"},
+    "bulk": {"engine", "rows"},
     # what people see
     "conversation": {"engine", "tokenizer", "terminal"},
     "demo": {"engine", "tokenizer", "terminal"},
-    "inspection": {"describe", "artifact"},
+    "inspection": {"describe", "artifact", "rows"},
 }
 # The commands may import everything but the list of commands itself; only __main__ imports that.
 LAYERS["commands"] = set(LAYERS)

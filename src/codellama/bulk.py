@@ -15,7 +15,7 @@ from pathlib import Path
 
 from codellama.engine import SamplingParams
 from codellama.engine.generator import Generator
-from codellama.eval.rows import Row, appending, read_rows
+from codellama.rows import Row, appending, read_rows
 
 
 def complete_into(

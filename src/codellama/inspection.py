@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from codellama.artifact import MANIFEST
+from codellama.rows import read_rows
 
-RUN_RECORD, RUN_METRICS = "recipe.json", "metrics.jsonl"
+RUN_RECORD = "recipe.json"
 
 
 def inspect_path(path: str) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def _corpus(manifest: dict[str, Any]) -> dict[str, Any]:
 def _run(folder: Path) -> dict[str, Any]:
     """How far a run is, how fast, and its last losses."""
     record = _read_object(folder / RUN_RECORD)
-    rows = _read_rows(folder / RUN_METRICS)
+    rows = read_rows(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     validations = [row for row in rows if "validation_loss" in row]
     last = steps[-1] if steps else {}
@@ -162,15 +163,3 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a JSON object")
     return values
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a run that is writing may have half a line at the end."""
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        rows.append(row)
-    return rows

@@ -108,22 +108,19 @@ class Stage(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1  # Llama 2; not stated for Code Llama
     grad_clip: Annotated[float, Field(gt=0)] = 1.0  # Llama 2; not stated for Code Llama
     max_document_chars: Positive | None = None
-    """Cut longer documents at statements, or at lines where these are longer, so that more of them
-    fit whole in a context and can be transformed; each epoch takes one part of each. A document's
-    own limit is drawn between an eighth of this and this. None keeps files whole, as the paper
-    does."""
+    """Cut longer documents at statements, or at lines where these are longer, so that more can be
+    transformed; each epoch takes one part of each. A document's own limit is drawn between an
+    eighth of this and this. None keeps files whole, as the paper does."""
     document_mask: bool = True
     """Attention stays within a document; the paper does not say."""
     repeat_rate: Share = 0.0
-    """Share of the documents that fit twice into the remaining context and then stand there twice.
-    Small models learn to copy from it, on which infilling rests, long before they would from code
-    alone (docs/experiments.md); not in the paper."""
+    """Share of the documents that fit twice into the remaining context and then stand there twice:
+    small models learn to copy from it, on which infilling rests. Not in the paper."""
     fim_rate: Share = 0.9  # Code Llama paper 2.3
     spm_share: Share = 0.5  # Code Llama paper 2.3
     fim_line_share: Share = 0.0
-    """Share of the transformed documents of which the rest of a line, or a few lines, are taken out
-    instead of what lies between two characters. Where a gap ends at a line's end a small model
-    learns to end there (docs/experiments.md); not in the paper."""
+    """Share of the transformed documents of which the rest of a line, or a few lines, are taken
+    out: where gaps end at lines a small model learns to end them. Not in the paper."""
     fim_middle_weight: Annotated[float, Field(gt=0)] = 1.0
     """How much of the loss a token of a middle or its end is, where others are 1. They are a tenth
     of the tokens; not in the paper."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from codellama.eval.rows import read_rows
+from codellama.rows import read_rows
 from codellama.selfinstruct import execute as executing
 from codellama.selfinstruct.execute import Job, execute
 from codellama.selfinstruct.select import passed_tests, solution_jobs

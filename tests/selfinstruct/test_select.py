@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from codellama import sandbox
-from codellama.eval.rows import read_rows
 from codellama.eval.task import Verdict
 from codellama.recipe_selfinstruct import SelfInstruct
+from codellama.rows import read_rows
 from codellama.selfinstruct import execute as executing
 from codellama.selfinstruct.execute import Job, execute
 from codellama.selfinstruct.python import coverage_program, mutants, parse, stubs

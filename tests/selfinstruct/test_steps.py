@@ -18,11 +18,11 @@ from codellama import sandbox
 from codellama.cli import run_command
 from codellama.data.mixture import Dialogs
 from codellama.engine.sequence import Completion
-from codellama.eval.rows import read_rows
 from codellama.eval.scoring import check_references
 from codellama.eval.task import Setting
 from codellama.recipe import load_recipe
 from codellama.recipe_selfinstruct import SolutionWriter
+from codellama.rows import read_rows
 from codellama.selfinstruct.asking import open_role
 from codellama.selfinstruct.measure import measure
 from codellama.selfinstruct.report import markdown, report

@@ -250,7 +250,7 @@ def test_a_failure_of_one_is_not_that_of_others(engine, monkeypatch, caplog, fau
 
     def poisoned(plan):
         if fault in ("memory", "pass") and any(is_hit(sequence) for sequence, _ in plan):
-            raise MemoryError("zebra") if fault == "memory" else RuntimeError("/home/zebra")
+            raise MemoryError("zebra") if fault == "memory" else RuntimeError("/srv/zebra")
         results = run(plan)
         return [
             ValueError("not a number") if fault == "number" and is_hit(sequence) else result
@@ -294,7 +294,7 @@ def test_a_crash_of_the_engine_is_told(monkeypatch, caplog):
     engine = Engine()
 
     def crash():
-        raise RuntimeError("/home/zebra")
+        raise RuntimeError("/srv/zebra")
 
     with in_thread(engine) as (url, service):
 

@@ -4,12 +4,13 @@ import os
 import pytest
 import torch
 
+from codellama.rows import read_rows
 from codellama.train.metrics import (
+    METRICS_FILE,
     MetricsLog,
     _smooth,
     draw_curve,
     matrix_flops_per_s,
-    read_metrics,
 )
 
 
@@ -21,7 +22,7 @@ def test_rows_reach_the_file_at_once(tmp_path):
     log = MetricsLog(tmp_path, 0)
     for step in (1, 2):
         log.write(row(step))
-        assert read_metrics(tmp_path)[-1] == row(step)
+        assert read_rows(tmp_path / METRICS_FILE)[-1] == row(step)
     log.close()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -36,7 +37,7 @@ def test_resumed_run_drops_what_its_state_does_not_cover(tmp_path):
     log = MetricsLog(tmp_path, 5)
     log.write(row(6, again=True))
     log.close()
-    rows = read_metrics(tmp_path)
+    rows = read_rows(tmp_path / METRICS_FILE)
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 5, 6]
     assert rows[-1]["again"]
 
@@ -44,7 +45,7 @@ def test_resumed_run_drops_what_its_state_does_not_cover(tmp_path):
 def test_line_that_a_kill_cut_off(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(row(1)) + "\n" + json.dumps(row(2)) + "\n" + '{"step": 3, "lo')
-    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+    assert [r["step"] for r in read_rows(tmp_path / METRICS_FILE)] == [1, 2]
     MetricsLog(tmp_path, 2).close()
     assert path.read_text().endswith("\n")
     assert len(path.read_text().splitlines()) == 2
@@ -72,7 +73,7 @@ def test_full_disk_is_a_warning(tmp_path, capsys):
     log._file = good
     log.write(row(4))  # there is space again: nothing is lost
     log.close()
-    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert [r["step"] for r in read_rows(tmp_path / METRICS_FILE)] == [1, 2, 3, 4]
     assert capsys.readouterr().err.count("warning: ") == 1
 
 

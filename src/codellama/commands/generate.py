@@ -64,7 +64,7 @@ def complete(
     if prompts is not None and out is not None:
         from codellama.bulk import complete_into
         from codellama.engine.endpoint import Endpoint
-        from codellama.eval.rows import read_rows
+        from codellama.rows import read_rows
 
         if (model or "").startswith("http"):
             engine = Endpoint((model or "").split(","))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from codellama.artifact import write_file
-from codellama.eval.rows import parsed
+from codellama.rows import parsed
 
 MAX_BYTES = 1 << 30  # a gzip file of a megabyte can hold a gigabyte of zeros
 KNOWN: dict[str, str] = {}

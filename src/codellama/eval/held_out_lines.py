@@ -23,7 +23,6 @@ MIN_LINE_CHARS = 8  # shorter ones are brackets, else: and the like
 MAX_PART_CHARS = 2400
 MAX_LINE_TOKENS = 64
 MAX_BODY_LINES = 3
-WAYS = ("psm", "spm", "left_to_right")
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,7 @@ class LineResult:
     """What a model wrote into gaps."""
 
     gaps: list[Gap]
-    hits: dict[str, list[bool]]
-    """By way, for each gap."""
+    hits: dict[str, list[bool]]  # by way, for each gap
     ended_by_eot: dict[str, float]
     """Share of the infills that the model ended itself, by way."""
     nothing_else: dict[str, float]
@@ -70,8 +68,7 @@ def draw_gaps(
     by_package: dict[str, list[int]] = defaultdict(list)
     for index, package in enumerate(reader.column("repository")):
         by_package[package].append(index)
-    gaps: list[Gap] = []
-    n_tries = 0
+    gaps, n_tries = list[Gap](), 0
     while len(gaps) < n_lines:
         for package, indices in sorted(by_package.items()):
             n_tries += 1
@@ -121,14 +118,14 @@ def fill_lines(engine: Engine, gaps: list[Gap]) -> LineResult:
         "left_to_right": engine.complete([gap.prefix for gap in gaps], params),
     }
     hits = {
-        way: [_starts_with(c.text, gap.text) for gap, c in zip(gaps, completions, strict=True)]
-        for way, completions in written.items()
+        way: [_starts_with(c.text, gap.text) for gap, c in zip(gaps, found, strict=True)]
+        for way, found in written.items()
     }
     ended, alone = {}, {}
     for way in ("psm", "spm"):
-        ended[way] = sum(c.finish_reason == "stop" for c in written[way]) / len(gaps)
-        equal = (c.text.strip() == g.text for c, g in zip(written[way], gaps, strict=True))
-        alone[way] = sum(equal) / len(gaps)
+        found = list(zip(gaps, written[way], strict=True))
+        ended[way] = sum(c.finish_reason == "stop" for _, c in found) / len(gaps)
+        alone[way] = sum(c.text.strip() == gap.text for gap, c in found) / len(gaps)
     return LineResult(gaps, hits, ended, alone)
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from codellama.eval.datasets import read_file
-from codellama.eval.rows import parsed
 from codellama.eval.task import Task
+from codellama.rows import parsed
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any
 
 from codellama.artifact import code_version, write_file
 from codellama.engine.sampling import SamplingParams
-from codellama.eval.rows import appending, read_rows
 from codellama.eval.task import Generator, Problem, Prompt, Task, stable_seed
+from codellama.rows import appending, read_rows
 
 CHUNK = 1024  # requests between two writes: the engine's 64 slots are 57 full, 43 with 256
 TOO_LONG = "prompt_too_long"

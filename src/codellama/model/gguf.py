@@ -25,7 +25,7 @@ from torch import Tensor
 
 from codellama.model.config import ModelConfig
 from codellama.model.gguf_blocks import BY_NAME, FORMATS, PLAIN, BlockFormat, dequantize
-from codellama.model.meta import is_rotated, to_halves
+from codellama.model.meta import foreign_name, is_rotated, to_halves
 from codellama.model.source import Stored, Weights
 
 MAGIC = b"GGUF"
@@ -240,13 +240,7 @@ def to_hf_name(name: str) -> str | None:
 
 def to_gguf_name(name: str) -> str:
     """The name of a Hugging Face tensor in a GGUF file."""
-    stem = name.removesuffix(".weight")
-    for gguf, hf in _TOP_NAMES.items():
-        if stem == hf:
-            return f"{gguf}.weight"
-    layer, _, rest = stem.removeprefix("model.layers.").partition(".")
-    gguf = next(gguf for gguf, hf in _LAYER_NAMES.items() if hf == rest)
-    return f"blk.{layer}.{gguf}.weight"
+    return foreign_name(name, _TOP_NAMES, "blk", _LAYER_NAMES)
 
 
 def parse_config(directory: Directory) -> ModelConfig:

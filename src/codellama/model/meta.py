@@ -61,13 +61,17 @@ def to_hf_name(name: str) -> str | None:
 
 def to_meta_name(name: str) -> str:
     """Meta's name of a Hugging Face tensor."""
+    return foreign_name(name, _TOP_NAMES, "layers", _LAYER_NAMES)
+
+
+def foreign_name(name: str, top: dict[str, str], layers: str, in_layer: dict[str, str]) -> str:
+    """The name of a Hugging Face tensor in a format whose own names are keys of theirs."""
     stem = name.removesuffix(".weight")
-    for meta, hf in _TOP_NAMES.items():
-        if stem == hf:
-            return f"{meta}.weight"
-    layer, _, rest = stem.removeprefix("model.layers.").partition(".")
-    meta = next(meta for meta, hf in _LAYER_NAMES.items() if hf == rest)
-    return f"layers.{layer}.{meta}.weight"
+    found = {hf: own for own, hf in top.items()}.get(stem)
+    if found is None:
+        layer, _, rest = stem.removeprefix("model.layers.").partition(".")
+        found = f"{layers}.{layer}.{next(own for own, hf in in_layer.items() if hf == rest)}"
+    return f"{found}.weight"
 
 
 def cut_dimension(name: str) -> int | None:

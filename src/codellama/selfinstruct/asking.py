@@ -10,10 +10,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from codellama.eval.rows import read_rows
 from codellama.eval.sampling import Decoding, sample
 from codellama.eval.task import Problem, Prompt, Task
 from codellama.recipe_selfinstruct import QuestionWriter, Role
+from codellama.rows import read_rows
 from codellama.tokenizer.chat import Message
 
 Open = Callable[[Role], Any]

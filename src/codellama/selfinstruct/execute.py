@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from codellama import sandbox
 from codellama.eval.execution import calibrate, judge_python
-from codellama.eval.rows import Row, appending, read_rows
 from codellama.eval.task import Patience
+from codellama.rows import Row, appending, read_rows
 
 N_ERROR_RETRIES = 2  # beyond the sandbox's own
 MAX_VALUE_CHARS = 20_000

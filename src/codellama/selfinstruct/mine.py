@@ -28,8 +28,8 @@ from codellama.data.listing import list_sources
 from codellama.data.sources import read_unit
 from codellama.data.split import unit_hash
 from codellama.data.wheels import normalised_name
-from codellama.eval.rows import Row
 from codellama.recipe import Corpus, SelfInstruct
+from codellama.rows import Row
 from codellama.selfinstruct.python import BUILTINS, bound_names, free_names, parse, unparse
 from codellama.tokenizer.chat import TAGS
 

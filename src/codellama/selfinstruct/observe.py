@@ -11,7 +11,7 @@ import ast
 from contextlib import suppress
 from typing import Any
 
-from codellama.eval.rows import Row
+from codellama.rows import Row
 from codellama.selfinstruct.execute import Job
 from codellama.selfinstruct.python import parse
 from codellama.selfinstruct.questions import random_for

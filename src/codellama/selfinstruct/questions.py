@@ -10,7 +10,6 @@ their reasons.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,10 +18,10 @@ import numpy as np
 
 from codellama.data.decontaminate import BlockList
 from codellama.data.near_dedup import representatives, signatures
-from codellama.eval.rows import Row
 from codellama.eval.task import Prompt, fenced_code, random_for
 from codellama.recipe import NearDuplicates
 from codellama.recipe_selfinstruct import QuestionWriter
+from codellama.rows import Row, parsed
 from codellama.selfinstruct.asking import as_prompt, turns
 from codellama.selfinstruct.python import parse
 from codellama.tokenizer.chat import TAGS, check_dialog
@@ -86,22 +85,21 @@ def read_instructions(path: Path) -> Iterator[Row]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: instructions cannot be read: {error}") from None
-    for number, line in enumerate(lines, start=1):
+    for where, row in parsed(path, lines):
         try:
-            row = json.loads(line)
             if not (messages := row.get("messages")):
                 asked = "\n\n".join(t for t in (row["instruction"], row.get("input")) if t)
                 messages = turns(asked, row["output"])
-            found = {"id": f"{path.name}:{number}", "source": "imported", "messages": messages}
+            identity = f"{path.name}:{where.rpartition(':')[2]}"
+            found = {"id": identity, "source": "imported", "messages": messages}
             try:
                 check_dialog(messages, last="assistant")
             except ValueError as error:
                 found["reason"] = str(error)
             yield found
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}:{number}: expected messages, or instruction and output: {error!r}"
-            ) from None
+            expected = "messages, or instruction and output"
+            raise ValueError(f"{where}: expected {expected}: {error!r}") from None
 
 
 def as_question(dialog: Row) -> Row:

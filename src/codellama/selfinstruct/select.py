@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from codellama.eval.rows import Row
 from codellama.recipe_selfinstruct import SelfInstruct
+from codellama.rows import Row
 from codellama.selfinstruct.execute import Job
 from codellama.selfinstruct.python import coverage_program, mutants, stubs
 

@@ -8,7 +8,6 @@ instruct models are trained on, and what held-out problems ask: `request`.
 from __future__ import annotations
 
 from codellama.eval.execution import judge_python
-from codellama.eval.rows import Row
 from codellama.eval.task import (
     USUAL,
     Patience,
@@ -22,6 +21,7 @@ from codellama.eval.task import (
     random_for,
 )
 from codellama.recipe_selfinstruct import SolutionWriter
+from codellama.rows import Row
 from codellama.selfinstruct.asking import as_prompt
 from codellama.selfinstruct.unit_tests import EXAMPLE_PROBLEM, EXAMPLE_TESTS
 

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from codellama.data.decontaminate import build_block_list
-from codellama.eval.rows import Row, appending, read_rows, write_rows
 from codellama.eval.task import Prompt
 from codellama.recipe import Recipe
 from codellama.recipe_selfinstruct import Role, SelfInstruct
+from codellama.rows import Row, appending, read_rows, write_rows
 from codellama.selfinstruct import questions, solutions, unit_tests
 from codellama.selfinstruct.asking import Open, ask, open_role, turns
 from codellama.selfinstruct.execute import Job, execute

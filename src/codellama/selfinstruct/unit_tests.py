@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ast
 
-from codellama.eval.rows import Row
 from codellama.eval.task import Prompt
 from codellama.recipe_selfinstruct import TestWriter
+from codellama.rows import Row
 from codellama.selfinstruct.asking import as_prompt
 from codellama.selfinstruct.python import free_names, parse, unparse
 from codellama.tokenizer.chat import TAGS

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from codellama.artifact import write_file
+from codellama.rows import read_rows, write_rows
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
@@ -87,8 +87,8 @@ class MetricsLog:
             self._open(step)
 
     def _open(self, step: int) -> None:
-        kept = [row for row in read_metrics(self._path.parent) if row["step"] <= step]
-        write_file(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        kept = [row for row in read_rows(self._path) if row["step"] <= step]
+        write_rows(self._path, kept)
         self._pending = b""
         self._file = FileIO(self._path, "ab")
         if self._has_board:
@@ -113,25 +113,13 @@ def _board(folder: Path, step: int) -> Any:
     return SummaryWriter(folder, purge_step=step + 1)
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run; a last line that a kill cut off is left out."""
-    path = run_dir / METRICS_FILE
-    rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
 def draw_curve(run_dir: Path) -> None:
     """Draw training loss, validation loss and learning rate over the steps as loss.png.
 
     Raises:
         OSError: it cannot be written.
     """
-    rows = read_metrics(run_dir)
+    rows = read_rows(run_dir / METRICS_FILE)
     steps = [row for row in rows if row.get("loss") is not None]
     if not steps:
         return
@@ -155,7 +143,7 @@ def draw_comparison(run_dirs: Sequence[Path], target: Path) -> None:
     """
     with _figure(target) as axes:
         for i, run_dir in enumerate(run_dirs):
-            rows = read_metrics(run_dir)
+            rows = read_rows(run_dir / METRICS_FILE)
             if not any(row.get("loss") is not None for row in rows):
                 raise ValueError(f"{run_dir}: no step was taken yet")
             _plot_losses(axes, rows, "tokens", f"{run_dir} ", f"C{i}", f"C{i}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from codellama.recipe import Recipe
-from codellama.train.metrics import read_metrics
+from codellama.rows import read_rows
+from codellama.train.metrics import METRICS_FILE
 
 
 def stage_table(recipe: Recipe) -> list[dict[str, str]]:
@@ -11,7 +12,7 @@ def stage_table(recipe: Recipe) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     for name in recipe.stage_order():
         folder = recipe.run_dir(name)
-        metrics = read_metrics(folder)
+        metrics = read_rows(folder / METRICS_FILE)
         steps = [row for row in metrics if "loss" in row]
         last = {
             key.removeprefix("validation_bits_per_byte").removeprefix("_") or "all": f"{value:.4f}"

@@ -1,7 +1,7 @@
 """JSON lines that a killed process may leave at any moment: read them, go on writing them.
 
 A row is written with one flush; what a kill cuts in the middle is the last line, and is dropped.
-Samples and all files of self-instruct are such files.
+Samples, metrics and all files of self-instruct are such files.
 """
 
 from __future__ import annotations
