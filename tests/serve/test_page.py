@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import httpx
@@ -200,7 +201,9 @@ def ask(page, question):
     page.keyboard.press("Enter")
 
 
-def test_chat_streams_and_stops(page):
+def test_chat_streams_and_stops(page, engine, monkeypatch):
+    run = engine._runner.run  # slower, so that there is time to stop it
+    monkeypatch.setattr(engine._runner, "run", lambda plan: (time.sleep(0.1), run(plan))[1])
     ask(page, "Write a long story about lists.")
     answer = page.locator("article").last.locator("div")
     expect(answer).to_contain_text(" ")

@@ -23,7 +23,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from codellama.data.licences import is_permissive, licence_of_header
+from codellama.data.licences import UNKNOWN, is_permissive, licence_of_header
 from codellama.data.listing import list_sources
 from codellama.data.sources import read_unit
 from codellama.data.split import unit_hash
@@ -76,9 +76,10 @@ def mine(
     for key, group in groupby(documents, key=lambda pair: pair[0]):
         if key in done:
             continue
-        package = key.partition("/")[2]
+        source, _, package = key.partition("/")
         found = [document for _, document in group]
-        licence = next((d.licence for d in found if d.licence), None) or "unknown"
+        named = [d.licence for d in found if d.licence not in ("", UNKNOWN)]
+        licence = named[0] if named else sources[source].licence
         row: Row = {"id": key, "licence": licence, "problems": [], "rejects": []}
         if is_permissive(licence):
             texts = {
@@ -91,9 +92,8 @@ def mine(
         else:
             row["rejects"] = [[key, f"licence: {licence}"]]
         name = normalised_name(package)
-        held_out = name in map(normalised_name, settings.hold_out)
-        by_hash = unit_hash(corpus.seed, name) < settings.hold_out_share
-        held_out |= by_hash and name != "cpython"  # as in the corpus
+        by_hash = unit_hash(corpus.seed, name) < settings.hold_out_share and name != "cpython"
+        held_out = by_hash or name in map(normalised_name, settings.hold_out)  # as in the corpus
         for problem in (*row["problems"], *row.get("untested", ())):
             problem |= {"package": package, "licence": licence, "held_out": held_out}
         yield row

@@ -11,13 +11,15 @@ import { languageOf } from "./languages.js";
 import { settings } from "./settings.js";
 import { showPrompt } from "./prompt.js";
 
-const EXAMPLE = `def area(width, height):
-    """The area of a rectangle."""
-    return
+const EXAMPLE = [`def add(a, b):
+    """Return the sum of a and b."""
+`, `
 
 
-print(area(width=3, height=4))
-`;
+def sub(a, b):
+    """Return the difference of a and b."""
+    return a - b
+`]; // before the cursor and behind it
 const LINES_BEFORE = 256, LINES_AFTER = 64; // what llama.vim sends as well
 const CHARACTERS_PER_TOKEN = 2.5; // of source code, low enough that the context rarely overflows
 const CALM = matchMedia("(prefers-reduced-motion: reduce)");
@@ -108,7 +110,7 @@ export function startEditor(model, announce) {
       view.focus();
     });
   }
-  open("example.py", EXAMPLE, EXAMPLE.indexOf("return") + 6);
+  open("example.py", EXAMPLE.join(""), EXAMPLE[0].length);
 }
 
 /** [prefix, suffix]: lines around the cursor, three quarters of the room before it. */
