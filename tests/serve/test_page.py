@@ -201,19 +201,22 @@ def ask(page, question):
     page.keyboard.press("Enter")
 
 
-def test_chat_streams_and_stops(page, engine, monkeypatch):
+def test_chat_streams_and_stops(browser, engine, monkeypatch):
     run = engine._runner.run  # slower, so that there is time to stop it
     monkeypatch.setattr(engine._runner, "run", lambda plan: (time.sleep(0.1), run(plan))[1])
-    ask(page, "Write a long story about lists.")
-    answer = page.locator("article").last.locator("div")
-    expect(answer).to_contain_text(" ")
-    expect(page.locator("#send")).to_have_text("Stop")  # there is text, and more to come
-    page.click("#send")
-    expect(page.locator("#chat-status")).to_have_text("Stopped.")
-    written = answer.inner_text()
-    body = sent(page, lambda: ask(page, "More."), "**/v1/chat/completions")
-    assert [message["role"] for message in body["messages"]] == ["user", "assistant", "user"]
-    assert body["messages"][1]["content"].split() == written.split()
+    with in_thread(engine) as (url, _), browser.new_context(base_url=url) as context:
+        page = context.new_page()
+        page.goto("/")
+        ask(page, "Write a long story about lists.")
+        answer = page.locator("article").last.locator("div")
+        expect(answer).to_contain_text(" ")
+        expect(page.locator("#send")).to_have_text("Stop")  # there is text, and more to come
+        page.click("#send")
+        expect(page.locator("#chat-status")).to_have_text("Stopped.")
+        written = answer.inner_text()
+        body = sent(page, lambda: ask(page, "More."), "**/v1/chat/completions")
+        assert [message["role"] for message in body["messages"]] == ["user", "assistant", "user"]
+        assert body["messages"][1]["content"].split() == written.split()
 
 
 def test_chat_shows_code(page):
