@@ -17,7 +17,7 @@ GAP = (
 )
 NEXT = """Try next:
   .venv/bin/codellama complete 'def fibonacci(n):'
-  .venv/bin/codellama infill $'class A:\\n    def __init__(self, name):\\n        self.name = <FILL_ME>'
+  .venv/bin/codellama infill $'def __init__(self, name):\\n    self.name = <FILL_ME>'
   .venv/bin/codellama complete 'import os' --temperature 0.8 --n 3 --seed 1 --json
   .venv/bin/codellama chat
   .venv/bin/codellama serve                       # a page to try, and an API for your editor

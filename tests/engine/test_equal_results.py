@@ -99,6 +99,19 @@ def test_greedy_equals_reference(options, long_model, small_tokenizer, expected)
         assert engine._scheduler.n_preempted > 0
 
 
+def test_many_that_write_beside_prompts(long_model, small_tokenizer, expected, monkeypatch):
+    """More rows than one compiled pass takes, of prompts and of what writes, in one step."""
+    engine = Engine.of(long_model, small_tokenizer, max_guesses=0)
+    if engine._runner._native is None:
+        pytest.skip("no compiled step here")
+    passes, run = [], Runner._pass
+    monkeypatch.setattr(Runner, "_pass", lambda *a: (passes.append(len(a[1])), run(*a))[1])
+    texts = prompts(small_tokenizer.vocab_size) * 9
+    results = engine.complete(texts, GREEDY)
+    assert [list(result.token_ids) for result in results] == expected * 9
+    assert 32 in passes, "rows that write fill a pass"
+
+
 @pytest.mark.parametrize("draft", [None, "other"])
 def test_sampling_is_the_same_with_guesses(draft, long_model, small_tokenizer):
     """Not only alike in distribution: the random numbers belong to positions."""

@@ -7,7 +7,7 @@ from scripted import Scripted, Sums
 
 from codellama.engine import Engine
 from codellama.eval import sampling
-from codellama.eval.sampling import TOO_LONG, Decoding, sample
+from codellama.eval.sampling import TOO_LONG, Decoding, fingerprint, sample
 from codellama.eval.task import Problem, Prompt, Setting
 from codellama.eval.tasks.context import BitsPerByte
 
@@ -101,3 +101,12 @@ def test_likelihood_is_that_of_the_whole_text(tmp_path):
     total = -sum(engine.score([ids])[0]) / math.log(2)
     assert verdict.values["bits_per_byte"] == pytest.approx(total / len(text), abs=1e-5)
     assert verdict.weight == len(text)
+
+
+def test_a_new_card_makes_no_new_model(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("what was measured since")
+    assert fingerprint(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"others")
+    assert fingerprint(tmp_path) != before

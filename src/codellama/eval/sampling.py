@@ -98,10 +98,10 @@ def sample(
 
 
 def fingerprint(model: Path) -> str:
-    """SHA-256 over the names, sizes, first and last megabytes of a model's files."""
+    """SHA-256 over the names, sizes, first and last megabytes of a model's files but its card."""
     digest = hashlib.sha256()
     files = sorted(model.rglob("*")) if model.is_dir() else [model]
-    for file in (file for file in files if file.is_file()):
+    for file in (file for file in files if file.is_file() and file.suffix != ".md"):
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\0".encode())
         with file.open("rb") as opened:
