@@ -10,9 +10,9 @@ import pytest
 from any_weights import write_folder
 from codellama import terminal
 from codellama.cli import app
-from codellama.model.lora import load_adapter
 from codellama.recipe import load_recipe
 from codellama.weights import load
+from saved_adapter import load_adapter
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "finetune.toml"
 

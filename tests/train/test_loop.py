@@ -685,8 +685,8 @@ def add_second_stage(unbroken, work, more=""):
 
 
 def test_adapters_are_trained_and_merged(run_in_children, unbroken, tmp_path):
-    from codellama.model.lora import load_adapter
     from codellama.weights import load
+    from saved_adapter import load_adapter
 
     add_second_stage(unbroken, tmp_path, 'lora = { rank = 4, targets = ["q_proj", "up_proj"] }\n')
     killed, last = run_in_children(

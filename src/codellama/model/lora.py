@@ -13,13 +13,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from codellama.artifact import new_folder
-from codellama.model.source import inside, read_json
 from codellama.model.transformer import Transformer
 from codellama.recipe import Lora
 
@@ -114,48 +112,3 @@ def save_adapter(folder: str | Path, tensors: dict[str, Tensor], settings: Lora,
             save_file(adapters, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder}: cannot be written: {error}") from None
-
-
-def load_adapter(folder: str | Path, model: Transformer) -> Lora:
-    """Put adapters of a folder beside the matrices of the model that they were trained on.
-
-    Raises:
-        ValueError: not an adapter folder, damaged, of a kind that is not supported, or for a model
-            of another shape; names the file and the tensor.
-    """
-    folder = Path(folder)
-    try:
-        values = read_json(inside(folder, CONFIG_FILE))
-        tensors = load_file(inside(folder, WEIGHTS_FILE))
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}: not an adapter folder: {error}") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: damaged: {error}") from None
-    for key, expected in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False)):
-        if values.get(key, expected) != expected:
-            raise ValueError(f"{folder / CONFIG_FILE}: {key} = {values[key]!r} is not supported")
-    try:
-        targets = sorted(values["target_modules"])  # PEFT writes a set in any order
-        named = {"rank": values["r"], "alpha": values["lora_alpha"], "targets": targets}
-        settings = Lora.model_validate(named)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = {"rank": "r", "alpha": "lora_alpha"}.get(str(first["loc"][0]), "target_modules")
-        raise ValueError(f"{folder / CONFIG_FILE}: {key}: {first['msg']}") from None
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
-    add_adapters(model, settings)
-    wanted = {n: p for n, p in model.named_parameters() if n.endswith(ADAPTERS)}
-    found = {k.removeprefix(_PREFIX).removesuffix(".weight"): t for k, t in tensors.items()}
-    for name in sorted(wanted.keys() ^ found.keys()):
-        problem = "is missing" if name in wanted else "is not part of this model"
-        raise ValueError(f"{folder / WEIGHTS_FILE}: tensor {name!r} {problem}")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            if parameter.shape != found[name].shape:
-                raise ValueError(
-                    f"{folder / WEIGHTS_FILE}: tensor {name!r} has shape "
-                    f"{tuple(found[name].shape)}, expected {tuple(parameter.shape)}"
-                )
-            parameter.copy_(found[name])
-    return settings
