@@ -78,7 +78,7 @@ def mine(
             continue
         source, _, package = key.partition("/")
         found = [document for _, document in group]
-        named = [d.licence for d in found if d.licence not in ("", UNKNOWN)]
+        named = [d.licence for d in found if d.licence and d.licence != UNKNOWN]
         licence = named[0] if named else sources[source].licence
         row: Row = {"id": key, "licence": licence, "problems": [], "rejects": []}
         if is_permissive(licence):
