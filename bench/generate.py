@@ -5,22 +5,21 @@
         [--llama-python P] [--llama-float F] [--keystroke N] [--threads N] [--processor-time]
         [--no-peers] [--no-transformers]
 
-"shipped" is the model of the package, the others are random weights in that shape, written to a
-temporary folder. Every figure is the median of `runs`, after one that does not count, with torch's
-number of threads for all. Decode speed is that of the tokens after the first, of all sequences
-together, which is what llama-batched-bench calls TG; prefill speed is that of one prompt of its
-own length. The engine runs without guesses and every prompt is a new one, so that nothing is
-reused. "memory_of_weights_and_cache" is the largest peak of memory that no file backs, from before
-the weights were loaded, beside the bytes of all weights and the cache. --keystroke puts a token
-into the end of a prompt of that many, in int8. llama.cpp is called through llama-cpp-python, in the
-interpreter of --llama-python where it is not installed beside this one (LLAMA_CPP_LIB_PATH names a
-build of the library), on a file that `codellama convert` wrote: bfloat16 or --llama-float beside
-ours in bfloat16, Q8_0 beside int8, Q4_0 beside int4. The machine's limits stand beside each figure:
-the bytes a second that summing 1 GiB in large pages reads, and the products of 2,048 cubed in
-PyTorch. With --processor-time the
-clock counts what this process computed instead of what passed, which says something with one thread
-on a machine that others use too. A table goes to standard error; the last line of output is one
-JSON object.
+"shipped" is the model of the package, a folder is a checkpoint, the others are random weights in
+that shape, written to a temporary folder. Every figure is the median of `runs`, after one that does
+not count, with torch's number of threads for all. Decode speed is that of the tokens after the
+first, of all sequences together, which is what llama-batched-bench calls TG; prefill speed is that
+of one prompt of its own length. The engine runs without guesses and every prompt is a new one, so
+that nothing is reused. "memory_of_weights_and_cache" is the largest peak of memory that no file
+backs, from before the weights were loaded, beside the bytes of all weights and the cache.
+--keystroke puts a token into the end of a prompt of that many, in int8. llama.cpp is called through
+llama-cpp-python, in the interpreter of --llama-python where it is not installed beside this one
+(LLAMA_CPP_LIB_PATH names a build of the library), on a file that `codellama convert` wrote:
+bfloat16 or --llama-float beside ours in bfloat16, Q8_0 beside int8, Q4_0 beside int4. The machine's
+limits stand beside each figure: the bytes a second that summing 1 GiB in large pages reads, and the
+products of 2,048 cubed in PyTorch. With --processor-time the clock counts what this process
+computed instead of what passed, which says something with one thread on a machine that others use
+too. A table goes to standard error; the last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -370,8 +369,9 @@ def main() -> None:
     for shape in options.shapes.split(","):
         with tempfile.TemporaryDirectory(dir=options.folder) as work:
             options.work = work
-            folder = SHIPPED_MODEL if shape == "shipped" else Path(work) / "model"
-            if shape != "shipped":
+            folder = SHIPPED_MODEL if shape == "shipped" else Path(shape)
+            if shape in SHAPES:
+                folder = Path(work) / "model"
                 longest = max(2048, options.keystroke + 64)
                 build(folder, SHAPES[shape].replace(max_position_embeddings=longest))
             config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from codellama.engine import SamplingParams
 from codellama.engine.generator import Generator
+from codellama.engine.sequence import Completion
 from codellama.rows import Row, appending, read_rows
 
 
@@ -23,7 +24,7 @@ def complete_into(
     generator: Generator,
     prompts: Sequence[str],
     params: SamplingParams,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Callable[[int, int], object] = lambda n_done, n_wanted: None,
 ) -> list[Row]:
     """Complete what has no row yet; all rows, in the order of the prompts.
 
@@ -36,30 +37,30 @@ def complete_into(
     Raises:
         ValueError: the file holds rows of other prompts or settings, or another process writes it.
     """
-    named = [_name(prompt, params) for prompt in prompts]
+    named = {number: _name(prompt, params) for number, prompt in enumerate(prompts)}
     rows: dict[int, Row] = {}
-    wanted = dict(enumerate(named))
     with appending(path) as append:
         for row in read_rows(path):
             number = row.get("index", -1)
-            if row.get("prompt_sha256") != wanted.get(number):
+            if row.get("prompt_sha256") != named.get(number):
                 raise ValueError(
                     f"{path}: row {number!r} is of another prompt or other settings; "
                     "expected a new file, or the same call again"
                 )
             rows[number] = row
         left = [number for number in range(len(prompts)) if number not in rows]
-        if progress:
-            progress(len(rows), len(prompts))
-        for place, found in generator.as_they_end([prompts[number] for number in left], params):
-            number = left[place]
+        progress(len(rows), len(prompts))
+
+        def keep(place: int, found: list[Completion]) -> None:
             if any(completion.finish_reason == "cancelled" for completion in found):
-                continue  # not whole: it is asked for again
-            row = {"index": number, "prompt_sha256": named[number]}
-            rows[number] = row | {"completions": [asdict(completion) for completion in found]}
-            append(rows[number])
-            if progress:
-                progress(len(rows), len(prompts))
+                return  # not whole: it is asked for again
+            number = left[place]
+            texts = [asdict(completion) for completion in found]
+            row = {"index": number, "prompt_sha256": named[number], "completions": texts}
+            append(rows.setdefault(number, row))
+            progress(len(rows), len(prompts))
+
+        generator.complete([prompts[number] for number in left], params, on_end=keep)
     return [rows[number] for number in sorted(rows)]
 
 

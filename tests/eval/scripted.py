@@ -19,20 +19,18 @@ class Scripted:
     def __init__(self, answer=lambda prompt, params: f"{params.seed}"):
         self.answer, self.asked, self.calls = answer, [], 0
 
-    def complete(self, prompts, params):
+    def complete(self, prompts, params, on_end):
         assert all(isinstance(p, SamplingParams) for p in params)
         self.calls += 1
         self.asked += prompts
-        return [
-            Completion(self.answer(prompt, p), (), None, "stop")
-            for prompt, p in zip(prompts, params, strict=True)
-        ]
+        for number, settings in enumerate(params):
+            on_end(number, [Completion(self.answer(prompts[number], settings), (), None, "stop")])
 
-    def infill(self, gaps, params, suffix_first=False):
-        return self.complete([(*gap, suffix_first) for gap in gaps], params)
+    def infill(self, gaps, params, suffix_first, on_end):
+        self.complete([(*gap, suffix_first) for gap in gaps], params, on_end)
 
-    def chat(self, dialogs, params):
-        return self.complete([dialog[-1]["content"] for dialog in dialogs], params)
+    def chat(self, dialogs, params, on_end):
+        self.complete([dialog[-1]["content"] for dialog in dialogs], params, on_end)
 
     def score(self, prompts):
         return [[-0.5] * (len(text.split()) - 1) for text in prompts]

@@ -6,6 +6,7 @@ import pytest
 from scripted import Scripted, Sums
 
 from codellama.engine import Engine
+from codellama.engine.sequence import Completion
 from codellama.eval import sampling
 from codellama.eval.sampling import TOO_LONG, Decoding, fingerprint, sample
 from codellama.eval.task import Problem, Prompt, Setting
@@ -43,6 +44,27 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, n_bytes):
     assert len(generator.asked) == 12 - whole.read_bytes()[:n_bytes].count(b"\n")
     sample(done := Scripted(), Sums(), cut_off, SAMPLED, {})
     assert done.calls == 0
+
+
+def test_rows_are_written_in_order_as_soon_as_they_can_be(tmp_path):
+    """Answers end in any order; a file never has a gap, and a kill loses what waits for one."""
+    path, lengths = tmp_path / "samples.jsonl", []
+
+    class Uneven(Scripted):
+        def complete(self, prompts, params, on_end):
+            def note(number, results):
+                on_end(number, results)
+                lengths.append(len(rows(path)))
+
+            for number in (1, 2, 0, 3, *range(11, 3, -1)):
+                note(number, [Completion(self.answer("", params[number]), (), None, "stop")])
+
+    told = []
+    sample(Uneven(), Sums(), path, SAMPLED, {}, progress=lambda *n: told.append(n))
+    sample(Scripted(), Sums(), tmp_path / "even.jsonl", SAMPLED, {})
+    assert path.read_bytes() == (tmp_path / "even.jsonl").read_bytes()
+    assert lengths == [0, 0, 3, 4] + 7 * [4] + [12]
+    assert told == [(n, 12) for n in range(1, 13)]
 
 
 def test_other_settings_are_refused(tmp_path):

@@ -126,17 +126,15 @@ class Model:
     def __init__(self, delay_s=0.0):
         self.delay_s, self.asked = delay_s, 0
 
-    def chat(self, dialogs, params):
+    def chat(self, dialogs, params, on_end):
         time.sleep(self.delay_s)
         self.asked += len(dialogs)
         seen = {}
-        answers = []
-        for dialog in dialogs:
+        for place, dialog in enumerate(dialogs):
             content = dialog[-1]["content"]
             seen[content] = number = seen.get(content, -1) + 1
             text, reason = self._answer(content, number)
-            answers.append(Completion(text, (), None, reason))
-        return answers
+            on_end(place, [Completion(text, (), None, reason)])
 
     def _answer(self, content, number):
         if content.startswith("Go on"):

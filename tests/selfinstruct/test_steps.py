@@ -170,9 +170,9 @@ def test_a_round_of_rejection_sampling_asks_the_problems_of_another_again(done, 
     asked = []
 
     class Tuned(Model):
-        def chat(self, dialogs, params):
+        def chat(self, dialogs, params, on_end):
             asked.extend(message["content"] for [message] in dialogs)
-            return super().chat(dialogs, params)
+            super().chat(dialogs, params, on_end)
 
     recipe = write_recipe(tmp_path)
     again = [
@@ -271,9 +271,10 @@ def test_measuring_counts_what_passes_all_tests(done):
     class Half:
         """Answers rightly every second time."""
 
-        def chat(self, dialogs, params):
+        def chat(self, dialogs, params, on_end):
             texts = ["def double(x):\n    return x * 2", "def double(x):\n    return 4"]
-            return [Completion(texts[i % 2], (), None, "stop") for i in range(len(dialogs))]
+            for i in range(len(dialogs)):
+                on_end(i, [Completion(texts[i % 2], (), None, "stop")])
 
     [result] = [r for r in measure(done, done.folder, Half(), True, 10) if r["task"] == "held-out"]
     assert result["metrics"]["pass@1"]["value"] == 0.5
@@ -286,9 +287,10 @@ def test_refusals_are_measured_and_reported(done, shared_data, tmp_path, monkeyp
     """A model that refuses by a word: the shares are those of the prompts with it."""
 
     class Timid:
-        def chat(self, dialogs, params):
-            texts = ["I can't help" if "kill" in d[-1]["content"] else "Yes." for d in dialogs]
-            return [Completion(text, (), None, "stop") for text in texts]
+        def chat(self, dialogs, params, on_end):
+            for i, dialog in enumerate(dialogs):
+                text = "I can't help" if "kill" in dialog[-1]["content"] else "Yes."
+                on_end(i, [Completion(text, (), None, "stop")])
 
     monkeypatch.setenv("CODELLAMA_DATA", str(shared_data))
     run = Run(load_recipe(write_recipe(tmp_path)))

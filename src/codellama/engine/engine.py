@@ -30,18 +30,14 @@ from codellama.engine.scheduler import STEP_TOKENS, Scheduler
 from codellama.engine.sequence import Piece
 from codellama.engine.sequence import Sequence as Running
 from codellama.engine.speculate import DraftModel, Speculator
+from codellama.model.source import DTYPES
 from codellama.model.transformer import Transformer
 from codellama.tokenizer import Tokenizer
 from codellama.weights import load
 
 PIECE_S = 0.001  # between two pieces, for each text that runs; one takes the loop 0.1 ms
 SHIPPED_MODEL = Path(__file__).parent.parent / "pretrained"
-CACHE_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "int8": torch.int8,
-}
+CACHE_DTYPES = {**DTYPES, "int8": torch.int8}
 
 
 class Options(TypedDict, total=False):

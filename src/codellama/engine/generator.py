@@ -21,6 +21,7 @@ from codellama.tokenizer.infilling import stop_ids as infilling_stop_ids
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams]
 OnText = Callable[[int, str], None]
+OnEnd = Callable[[int, list[Completion]], None]
 Put = Callable[[int, Piece | BaseException], None]
 
 
@@ -46,7 +47,11 @@ class Generator:
     """A Tokenizer; at an Endpoint None where it was given none."""
 
     def complete(
-        self, prompts: Sequence[Prompt], params: Params | None = None, on_text: OnText | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: Params | None = None,
+        on_text: OnText | None = None,
+        on_end: OnEnd | None = None,
     ) -> list[Completion]:
         """Continue prompts; with n > 1 each has n results, one after the other.
 
@@ -54,6 +59,7 @@ class Generator:
             prompts: texts, which get a BOS, or ids, which are taken as they are.
             params: one for all, or one for each prompt.
             on_text: called with the number of the result and each new piece of its text.
+            on_end: called with the number of a prompt and its results, when the last of them ends.
 
         Raises:
             ValueError: a prompt is empty or longer than the context, or a server refuses it.
@@ -61,7 +67,7 @@ class Generator:
         """
         if isinstance(prompts, str):  # it would be taken for a list of characters
             raise ValueError("expected a list of prompts, got one text")
-        return self._generate(list(map(self._continuation, prompts)), params, on_text)
+        return self._generate(list(map(self._continuation, prompts)), params, on_text, on_end)
 
     def infill(
         self,
@@ -69,6 +75,7 @@ class Generator:
         params: Params | None = None,
         suffix_first: bool = False,
         on_text: OnText | None = None,
+        on_end: OnEnd | None = None,
     ) -> list[Completion]:
         """Write what stands between each (prefix, suffix).
 
@@ -76,13 +83,14 @@ class Generator:
             ValueError: the model was not trained to infill, or a prompt is too long.
         """
         asks = [self._gap(prefix, suffix, suffix_first) for prefix, suffix in gaps]
-        return self._generate(asks, params, on_text)
+        return self._generate(asks, params, on_text, on_end)
 
     def chat(
         self,
         dialogs: Sequence[Sequence[Message]],
         params: Params | None = None,
         on_text: OnText | None = None,
+        on_end: OnEnd | None = None,
     ) -> list[Completion]:
         """Answer dialogs of {"role", "content"} messages that end with the user's.
 
@@ -91,10 +99,10 @@ class Generator:
         """
         tokenizer = self.tokenizer
         if tokenizer is None:
-            return self._generate(list(map(Ask, dialogs)), params, on_text)
+            return self._generate(list(map(Ask, dialogs)), params, on_text, on_end)
         stops = chat_stop_ids(tokenizer)
         asks = [Ask(tokenizer.encode_dialog(dialog), stops) for dialog in dialogs]
-        return self._generate(asks, params, on_text)
+        return self._generate(asks, params, on_text, on_end)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Continue one prompt and yield its text as it comes, never a broken character.
@@ -155,20 +163,12 @@ class Generator:
         return Ask(prefix, suffix=suffix)
 
     def _generate(
-        self, asks: Sequence[Ask], params: Params | None, on_text: OnText | None
+        self,
+        asks: Sequence[Ask],
+        params: Params | None,
+        on_text: OnText | None = None,
+        on_end: OnEnd | None = None,
     ) -> list[Completion]:
-        results = dict(self._as_they_end(asks, params, on_text))
-        return [completion for number in range(len(asks)) for completion in results[number]]
-
-    def as_they_end(
-        self, prompts: Sequence[Prompt], params: Params | None = None
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """As `complete`, but each prompt's number with its results when the last of them ends."""
-        return self._as_they_end(list(map(self._continuation, prompts)), params, None)
-
-    def _as_they_end(
-        self, asks: Sequence[Ask], params: Params | None, on_text: OnText | None
-    ) -> Iterator[tuple[int, list[Completion]]]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(asks)
         if len(params) != len(asks):
@@ -185,6 +185,7 @@ class Generator:
         for place, (number, _) in enumerate(texts):
             places[number].append(place)
         n_left = [len(own) for own in places]
+        results: dict[int, list[Completion]] = {}
         for place, piece in self._run([ask for _, ask in texts], on_text is not None):
             parts[place].append(piece)
             if on_text and piece.text:
@@ -193,7 +194,10 @@ class Generator:
             n_left[number] -= piece.finish_reason is not None
             if piece.finish_reason is not None and not n_left[number]:
                 found = [_joined(texts[own][1], parts[own]) for own in places[number]]
-                yield number, self._chosen(asks[number], params[number], found)
+                results[number] = self._chosen(asks[number], params[number], found)
+                if on_end:
+                    on_end(number, results[number])
+        return [completion for number in range(len(asks)) for completion in results[number]]
 
     def _chosen(
         self, ask: Ask, params: SamplingParams, found: list[Completion]

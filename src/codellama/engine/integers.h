@@ -26,6 +26,7 @@ namespace integers {
 
 constexpr int kChunk = 64;   // inputs whose integers lie together
 constexpr int kPair = 128;   // inputs of an int4 matrix in one vector of its bytes
+constexpr int kAhead = 3584; // bytes of a matrix that are fetched before they are needed, measured
 
 inline int64_t padded(int64_t n_in) { return (n_in + kChunk - 1) / kChunk * kChunk; }
 
@@ -125,37 +126,44 @@ inline Inputs round_fine(const float* x, int64_t n_in, int8_t* to, float* scale)
           {_mm512_reduce_add_epi32(sums[0]) * 128, _mm512_reduce_add_epi32(sums[1]) * 128}};
 }
 
-// sums[output][row] of some outputs of an int8 matrix. The processor multiplies bytes without a sign
+// One output of an int8 matrix for one to four tokens. The processor multiplies bytes without a sign
 // by such with one, so 128 is added to the matrix, and `offsets` taken from the sums.
-template <int n_outputs, int n_rows, int kRows>
-void dot_int8(const Matrix& m, int64_t first, const Inputs* x, float (*sums)[kRows]) {
-  const auto* weights = static_cast<const int8_t*>(m.weights) + first * m.n_in;
-  const int64_t n_padded = padded(m.n_in), ahead = n_outputs * m.n_in;
+template <int n_rows>
+void dot_int8(const Matrix& m, int64_t output, const Inputs* x, float* results) {
+  const auto* weights = static_cast<const int8_t*>(m.weights) + output * m.n_in;
+  const int64_t n_padded = padded(m.n_in);
   const __m512i flip = _mm512_set1_epi8(-128);
-  __m512i high[n_outputs][n_rows], low[n_outputs][n_rows];
-  for (int o = 0; o < n_outputs; ++o)
-    for (int r = 0; r < n_rows; ++r) high[o][r] = low[o][r] = _mm512_setzero_si512();
-  const auto multiply = [&](int64_t at, __mmask64 some) {
-    for (int o = 0; o < n_outputs; ++o) {
-      const int8_t* from = weights + o * m.n_in + at;
-      _mm_prefetch((const char*)(from + ahead), _MM_HINT_T0);
-      const __m512i bytes = _mm512_xor_si512(flip, _mm512_maskz_loadu_epi8(some, from));
-      for (int r = 0; r < n_rows; ++r) {
-        const int8_t* own = x[r].x + at;
-        high[o][r] = _mm512_dpbusd_epi32(high[o][r], bytes, _mm512_loadu_si512(own));
-        low[o][r] = _mm512_dpbusd_epi32(low[o][r], bytes, _mm512_loadu_si512(own + n_padded));
-      }
-    }
-  };
+  __m512i high[n_rows], low[n_rows];
+  for (int r = 0; r < n_rows; ++r) high[r] = low[r] = _mm512_setzero_si512();
   int64_t at = 0;
-  for (; at + kChunk <= m.n_in; at += kChunk) multiply(at, ~__mmask64{0});
-  if (at < m.n_in) multiply(at, (__mmask64{1} << (m.n_in - at)) - 1);
-  for (int o = 0; o < n_outputs; ++o)
+  for (; at + 2 * kChunk <= m.n_in; at += 2 * kChunk) {
+    _mm_prefetch((const char*)(weights + at + kAhead), _MM_HINT_T0);
+    _mm_prefetch((const char*)(weights + at + kAhead + kChunk), _MM_HINT_T0);
+    const __m512i first = _mm512_xor_si512(flip, _mm512_loadu_si512(weights + at));
+    const __m512i second = _mm512_xor_si512(flip, _mm512_loadu_si512(weights + at + kChunk));
     for (int r = 0; r < n_rows; ++r) {
-      const int32_t whole = _mm512_reduce_add_epi32(high[o][r]) - x[r].offsets[0];
-      const int32_t rest = _mm512_reduce_add_epi32(low[o][r]) - x[r].offsets[1];
-      sums[o][r] = (256.0f * static_cast<float>(whole) + static_cast<float>(rest)) * *x[r].scales;
+      const int8_t* own = x[r].x + at;
+      high[r] = _mm512_dpbusd_epi32(high[r], first, _mm512_loadu_si512(own));
+      low[r] = _mm512_dpbusd_epi32(low[r], first, _mm512_loadu_si512(own + n_padded));
+      high[r] = _mm512_dpbusd_epi32(high[r], second, _mm512_loadu_si512(own + kChunk));
+      low[r] = _mm512_dpbusd_epi32(low[r], second, _mm512_loadu_si512(own + n_padded + kChunk));
     }
+  }
+  for (; at < m.n_in; at += kChunk) {
+    const int64_t n_left = m.n_in - at;
+    const __mmask64 some = n_left < kChunk ? (__mmask64{1} << n_left) - 1 : ~__mmask64{0};
+    const __m512i bytes = _mm512_xor_si512(flip, _mm512_maskz_loadu_epi8(some, weights + at));
+    for (int r = 0; r < n_rows; ++r) {
+      const int8_t* own = x[r].x + at;
+      high[r] = _mm512_dpbusd_epi32(high[r], bytes, _mm512_loadu_si512(own));
+      low[r] = _mm512_dpbusd_epi32(low[r], bytes, _mm512_loadu_si512(own + n_padded));
+    }
+  }
+  for (int r = 0; r < n_rows; ++r) {
+    const int32_t whole = _mm512_reduce_add_epi32(high[r]) - x[r].offsets[0];
+    const int32_t rest = _mm512_reduce_add_epi32(low[r]) - x[r].offsets[1];
+    results[r] = (256.0f * static_cast<float>(whole) + static_cast<float>(rest)) * *x[r].scales;
+  }
 }
 #endif
 
@@ -183,7 +191,7 @@ void dot_int4(const Matrix& m, int64_t output, const Inputs* x, float* results) 
     for (int r = 0; r < n_rows; ++r)
       both[r] = _mm512_mul_ps(scale, _mm512_loadu_ps(x[r].scales + begin / 32));
     const auto multiply = [&](int64_t at, __mmask64 some) {
-      _mm_prefetch((const char*)(packed + at / 2 + n_bytes), _MM_HINT_T0);
+      _mm_prefetch((const char*)(packed + at / 2 + kAhead), _MM_HINT_T0);
       const __m512i bytes = _mm512_maskz_loadu_epi8(some, packed + at / 2);
       const __m512i first = _mm512_and_si512(bytes, low_bits);
       const __m512i second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low_bits);

@@ -23,7 +23,8 @@
 
 namespace {
 
-constexpr int kOutputs = 4;   // rows of a matrix read at a time: enough streams for the prefetcher
+constexpr int kOutputs = 4;   // rows of a matrix of floats read at a time: their sums do not wait
+constexpr int kPart = kWidth; // outputs that a thread works out before it looks for more
 constexpr int kRows = 4;      // tokens that share one reading of them; more go through tiles
 constexpr int kGroup = 4;     // query heads of a key head: with fewer, a tile of 16 is too empty
 constexpr int kDraft = 16;    // tokens that are attended to as a single one is, bit for bit
@@ -221,7 +222,7 @@ struct Step {
 
   // sums[output][row] = weights[first + output] . x[row]
   template <Kind kind, int n_outputs, int n_rows>
-  static void dot(const Matrix& m, int64_t first, const float* x, float (&sums)[kOutputs][kRows]) {
+  static void dot(const Matrix& m, int64_t first, const float* x, float (*sums)[kRows]) {
     using S = Stored<kind>;
     const auto* weights = static_cast<const typename S::Type*>(m.weights) + first * m.n_in;
     Floats parts[n_outputs][n_rows] = {};
@@ -246,14 +247,11 @@ struct Step {
 
   template <Kind kind>
   static void dot(const Matrix& m, int64_t first, int n_outputs, const float* x, int n_rows,
-                  float (&sums)[kOutputs][kRows]) {
+                  float (*sums)[kRows]) {
     with_rows(n_rows, [&](auto n) {
-      if (n_outputs == kOutputs) return dot<kind, kOutputs, n()>(m, first, x, sums);
-      for (int o = 0; o < n_outputs; ++o) {
-        float one[kOutputs][kRows];
-        dot<kind, 1, n()>(m, first + o, x, one);
-        std::copy(one[0], one[0] + n_rows, sums[o]);
-      }
+      int o = 0;
+      for (; o + kOutputs <= n_outputs; o += kOutputs) dot<kind, kOutputs, n()>(m, first + o, x, sums + o);
+      for (; o < n_outputs; ++o) dot<kind, 1, n()>(m, first + o, x, sums + o);
     });
   }
 
@@ -313,7 +311,7 @@ struct Step {
 #endif
     for (int64_t row = 0; row < n_rows; row += kRows) {
       const int few = static_cast<int>(std::min<int64_t>(kRows, n_rows - row));
-      float sums[kOutputs][kRows];
+      float sums[kPart][kRows];
       if (m.kind == kInt8) dot_int8(m, first, n_outputs, x + row * m.n_in, &in.of_int8[row], few, sums);
       else if (m.kind == kInt4) dot_int4(m, first, n_outputs, &in.of_int4[row], few, sums);
       else if (m.kind == kBfloat16) dot<kBfloat16>(m, first, n_outputs, x + row * m.n_in, few, sums);
@@ -329,13 +327,10 @@ struct Step {
 
   static void dot_int8(const Matrix& m, int64_t first, int n_outputs, [[maybe_unused]] const float* x,
                        [[maybe_unused]] const integers::Inputs* fine, int n_rows,
-                       float (&sums)[kOutputs][kRows]) {
+                       float (*sums)[kRows]) {
 #ifdef CODELLAMA_VNNI
     with_rows(n_rows, [&](auto n) {
-      int o = 0;  // two outputs at a time: more streams were slower at one row
-      for (; o + 2 <= n_outputs; o += 2)
-        integers::dot_int8<2, n()>(m, first + o, fine, sums + o);
-      if (o < n_outputs) integers::dot_int8<1, n()>(m, first + o, fine, sums + o);
+      for (int o = 0; o < n_outputs; ++o) integers::dot_int8<n()>(m, first + o, fine, sums[o]);
     });
 #else
     dot<kInt8>(m, first, n_outputs, x, n_rows, sums);
@@ -343,14 +338,14 @@ struct Step {
   }
 
   static void dot_int4(const Matrix& m, int64_t first, int n_outputs, const integers::Inputs* x,
-                       int n_rows, float (&sums)[kOutputs][kRows]) {
+                       int n_rows, float (*sums)[kRows]) {
     with_rows(n_rows, [&](auto n) {
       for (int o = 0; o < n_outputs; ++o) integers::dot_int4<n()>(m, first + o, x, sums[o]);
     });
   }
 
   int64_t part_size(const Matrix& m, int64_t n_rows) const {
-    return uses_tiles(m, n_rows) ? 32 : kOutputs;
+    return uses_tiles(m, n_rows) ? 32 : kPart;
   }
 
   int64_t n_parts(const Matrix& m, int64_t n_rows) const {

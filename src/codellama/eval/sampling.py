@@ -17,10 +17,11 @@ from typing import Any
 
 from codellama.artifact import code_version, write_file
 from codellama.engine.sampling import SamplingParams
+from codellama.engine.sequence import Completion
 from codellama.eval.task import Generator, Problem, Prompt, Task, stable_seed
 from codellama.rows import appending, read_rows
 
-CHUNK = 1024  # requests between two writes: the engine's 64 slots are 57 full, 43 with 256
+CHUNK = 16384  # requests in one call: the batch runs empty at its end only
 TOO_LONG = "prompt_too_long"
 
 
@@ -88,12 +89,15 @@ def sample(
     with appending(path) as append:
         done = {(row["task_id"], row["sample"]) for row in read_rows(path)}
         wanted = [(p, i) for p in problems for i in range(decoding.n) if (p.task_id, i) not in done]
-        for begin in range(0, len(wanted), CHUNK):
-            for row in _answers(generator, task, wanted[begin : begin + CHUNK], decoding):
-                append(row)
+
+        def keep(row: dict[str, Any]) -> None:
+            append(row)
+            done.add((row["task_id"], row["sample"]))
             if progress:
-                n_left = max(0, len(wanted) - begin - CHUNK)
-                progress(total - n_left, total)
+                progress(len(done), total)
+
+        for begin in range(0, len(wanted), CHUNK):
+            _answer(generator, task, wanted[begin : begin + CHUNK], decoding, keep)
     return settings
 
 
@@ -111,45 +115,55 @@ def fingerprint(model: Path) -> str:
     return digest.hexdigest()
 
 
-def _answers(
-    generator: Generator, task: Task, chunk: Sequence[tuple[Problem, int]], decoding: Decoding
-) -> list[dict[str, Any]]:
-    """One row for each (problem, sample number), in order."""
+def _answer(
+    generator: Generator,
+    task: Task,
+    chunk: Sequence[tuple[Problem, int]],
+    decoding: Decoding,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """Keep one row for each (problem, sample number), in order, as soon as it can be."""
     rows: list[dict[str, Any]] = []
-    asked: list[tuple[dict[str, Any], Problem, Prompt, SamplingParams]] = []
+    asked: list[tuple[dict[str, Any], Problem, Prompt]] = []
+    params: list[SamplingParams] = []
     for problem, number in chunk:
-        row = {"task_id": problem.task_id, "completion": "", "sample": number}
-        rows.append(row | {"finish_reason": TOO_LONG})
+        rows.append({"task_id": problem.task_id, "completion": "", "sample": number})
         prompt = _fitted(generator, task.prompt(problem))
-        if prompt is not None:
-            params = SamplingParams(
-                max_tokens=prompt.max_tokens,
-                temperature=decoding.temperature,
-                top_p=decoding.top_p,
-                seed=stable_seed(decoding.seed, task.name, problem.task_id, number),
-                stop=prompt.stop,
-            )
-            asked.append((rows[-1], problem, prompt, params))
-    if not asked:
-        return rows
-    prompts, params = [each[2] for each in asked], [each[3] for each in asked]
-    kind = prompts[0].kind
+        if prompt is None:
+            rows[-1]["finish_reason"] = TOO_LONG
+            continue
+        asked.append((rows[-1], problem, prompt))
+        seed = stable_seed(decoding.seed, task.name, problem.task_id, number)
+        drawn = decoding.temperature, decoding.top_p
+        params.append(SamplingParams(prompt.max_tokens, *drawn, seed=seed, stop=prompt.stop))
+    n_kept = 0
+
+    def note(number: int, text: str, reason: str | None) -> None:
+        nonlocal n_kept
+        asked[number][0].update(completion=text, finish_reason=reason)
+        while n_kept < len(rows) and "finish_reason" in rows[n_kept]:
+            keep(rows[n_kept])
+            n_kept += 1
+
+    def end(number: int, results: list[Completion]) -> None:
+        [result] = results
+        note(number, task.trim(asked[number][1], result.text), result.finish_reason)
+
+    prompts = [each[2] for each in asked]
+    kind = prompts[0].kind if prompts else "none"
     if kind == "score":
-        for row, _, prompt, _ in asked:
+        for number, prompt in enumerate(prompts):
             scores = [[round(x, 6) for x in line] for line in generator.score(prompt.texts)]
-            row |= {"completion": json.dumps(scores), "finish_reason": "scored"}
-        return rows
-    if kind == "infill":
-        gaps = [prompt.gap for prompt in prompts if prompt.gap is not None]
-        results = generator.infill(gaps, params, suffix_first=prompts[0].suffix_first)
+            note(number, json.dumps(scores), "scored")
+    elif kind == "infill":
+        gaps = [prompt.gap for prompt in prompts if prompt.gap]
+        generator.infill(gaps, params, prompts[0].suffix_first, on_end=end)
     elif kind == "chat":
-        results = generator.chat([prompt.messages for prompt in prompts], params)
-    else:
-        results = generator.complete([prompt.text for prompt in prompts], params)
-    for (row, problem, _, _), result in zip(asked, results, strict=True):
-        text = task.trim(problem, result.text)
-        row |= {"completion": text, "finish_reason": result.finish_reason}
-    return rows
+        generator.chat([prompt.messages for prompt in prompts], params, on_end=end)
+    elif prompts:
+        generator.complete([prompt.text for prompt in prompts], params, on_end=end)
+    for row in rows[n_kept:]:  # too long, all of them
+        keep(row)
 
 
 def _fitted(generator: Generator, prompt: Prompt) -> Prompt | None:

@@ -57,7 +57,8 @@ def ask(
     model = {"model": role.model, "name": role.name, "style": role.style}
 
     def tell(n_done: int, n_wanted: int) -> None:
-        say(f"{path.stem}: {n_done} of {n_wanted} samples")
+        if n_done % 1024 == 0 or n_done == n_wanted:
+            say(f"{path.stem}: {n_done} of {n_wanted} samples")
 
     sample(open_generator(role), Asking(role, prompts), path, decoding, model, None, tell)
 
