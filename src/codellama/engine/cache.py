@@ -1,9 +1,9 @@
 """The paged key-value cache, outside of the model: it is what the engine passes as `attend`.
 
 Tokens of any number of sequences run together as one ragged [N]. Each sequence's keys and values
-lie in blocks that `blocks` hands out; a block is `block_tokens` consecutive slots:
+lie in blocks that `blocks` hands out; a block is `block_tokens` consecutive slots of each head:
 
-    keys, values: [L, n_blocks * block_tokens, Hkv, Dh]     scales (int8 only): [..., Hkv]
+    keys, values: [L, Hkv, n_blocks * block_tokens, Dh]     scales (int8 only): without Dh
 
 Memory is that of the slots in use, and attention never makes a buffer that grows with the square
 of the length: what stands before a part of a prompt is attended to in pieces, merged by their sums
@@ -57,7 +57,7 @@ class PagedCache:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.block_tokens, self._compute_dtype = block_tokens, compute_dtype
-        shape = (config.num_hidden_layers, n_blocks * block_tokens, config.num_key_value_heads)
+        shape = (config.num_hidden_layers, config.num_key_value_heads, n_blocks * block_tokens)
         dtype = dtype or compute_dtype
         # Not zeros: on the CPU, slots that were never written then take no memory.
         self.keys, self.values = (
@@ -142,15 +142,16 @@ class PagedCache:
         return torch.tensor(slots, device=self.keys.device)
 
     def _write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
         if self.scales is None:
-            self.keys[layer].index_copy_(0, slots, k.to(self.keys.dtype))
-            self.values[layer].index_copy_(0, slots, v.to(self.values.dtype))
+            self.keys[layer].index_copy_(1, slots, k.to(self.keys.dtype))
+            self.values[layer].index_copy_(1, slots, v.to(self.values.dtype))
             return
         for store, scales, x in zip((self.keys, self.values), self.scales, (k, v), strict=True):
             scale = (x.float().abs().amax(-1) / 127).clamp(min=1e-20)
             integers = (x.float() / scale[..., None]).round_()
-            store[layer].index_copy_(0, slots, integers.to(torch.int8))
-            scales[layer].index_copy_(0, slots, scale)
+            store[layer].index_copy_(1, slots, integers.to(torch.int8))
+            scales[layer].index_copy_(1, slots, scale)
 
     def _read(self, layer: int, piece: Piece) -> list[Tensor]:
         """Keys and values [1, Hkv, n, Dh] of some slots."""
@@ -158,7 +159,7 @@ class PagedCache:
         if self.scales is not None:
             scales = [_select(x[layer], piece) for x in self.scales]
             both = [x * scale[..., None] for x, scale in zip(both, scales, strict=True)]
-        return [x.to(self._compute_dtype).transpose(0, 1)[None] for x in both]
+        return [x.to(self._compute_dtype)[None] for x in both]
 
     def _attend_span(
         self, layer: int, q: Tensor, before: Sequence[Piece], own: Sequence[Piece]
@@ -188,7 +189,7 @@ class PagedCache:
 
 
 def _select(x: Tensor, piece: Piece) -> Tensor:
-    return x[piece] if isinstance(piece, slice) else x.index_select(0, piece)
+    return x[:, piece] if isinstance(piece, slice) else x.index_select(1, piece)
 
 
 def attend_piece(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
@@ -211,8 +212,7 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tupl
     """As `attend_piece`, where there is no kernel that returns the sums."""
     n_heads, n_tokens, width = q.shape[1:]
     grouped = q.reshape(k.shape[1], -1, width)  # [Hkv, G * T, Dh]: one product for each key head
-    scores = (grouped @ k[0].transpose(1, 2)).float() / math.sqrt(width)
-    scores = scores.view(n_heads, n_tokens, -1)
+    scores = (grouped @ k[0].transpose(1, 2)).view(n_heads, n_tokens, -1).float() / math.sqrt(width)
     if is_causal:
         later = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later, -math.inf)

@@ -140,7 +140,7 @@ class NativeStep:
         sizes = (
             *(config.num_hidden_layers, config.hidden_size, config.num_attention_heads),
             *(config.num_key_value_heads, config.head_dim, config.intermediate_size),
-            *(kind, _KINDS[keys.dtype], keys.shape[1], cache.block_tokens),
+            *(kind, _KINDS[keys.dtype], keys.shape[2], cache.block_tokens),
         )
         scales = (None, None) if cache.scales is None else map(self._pointer, cache.scales)
         self._model = _Model(

@@ -101,9 +101,9 @@ struct Model {
   const void* norm;
   Matrix head;
   const Layer* layers;
-  void* keys;  // [L, n_slots, Hkv, Dh]
+  void* keys;  // [L, Hkv, n_slots, Dh]
   void* values;
-  float* key_scales;  // [L, n_slots, Hkv], for integers
+  float* key_scales;  // [L, Hkv, n_slots], for integers
   float* value_scales;
 };
 
@@ -158,9 +158,12 @@ struct Step {
     n_bytes = integers::pairs(std::max(model.width, model.ff_width)) * integers::kPair;
     n_groups = n_bytes / 32 + 16, is_short = n <= kShort;
     if (!is_short) prepare(shared);
-    const int64_t group = model.n_heads / model.n_kv_heads;
-    const bool all_halves = model.kind == kBfloat16 && model.cache_kind != kFloat32;
-    const int64_t n_shared = has_tiles && all_halves ? std::max<int64_t>(1, 64 / group) : kTokens;
+    [[maybe_unused]] const int64_t group = model.n_heads / model.n_kv_heads;
+    [[maybe_unused]] const bool all_halves = model.kind == kBfloat16 && model.cache_kind != kFloat32;
+    int64_t n_shared = kTokens;
+#ifdef CODELLAMA_AMX
+    if (has_tiles && all_halves) n_shared = std::max<int64_t>(1, tiles::kQueries / group);
+#endif
     runs.clear();
     is_one_run_each = true;
     for (int64_t row = 0; row < n; ++row) {
@@ -401,7 +404,7 @@ struct Step {
     using S = Stored<kind>;
     const int64_t width = model.head_width;
     std::fill(to + n * width, to + kWidth * width, 0.0f);
-    for (int64_t p = 0; p < n; ++p, place += model.n_kv_heads, to += width) {
+    for (int64_t p = 0; p < n; ++p, ++place, to += width) {
       const auto* from = static_cast<const typename S::Type*>(store) + place * width;
       const float scale = kind == kInt8 ? scales[place] : 1.0f;
       int64_t i = 0;
@@ -420,7 +423,7 @@ struct Step {
     using S = Stored<kind>;
     static thread_local std::vector<tiles::Query> queries;
     const int64_t width = model.head_width, group = model.n_heads / model.n_kv_heads;
-    const int64_t size = model.block_tokens, length = batch.positions[run.first + run.n - 1] + 1;
+    const int64_t size = model.block_tokens;
     const int32_t* blocks = batch.table + batch.sequences[run.first] * batch.table_width;
     const auto at_head = [&](int64_t query) {
       return ((run.first + query / group) * model.n_heads + kv_head * group + query % group) * width;
@@ -428,38 +431,28 @@ struct Step {
     queries.clear();
     for (int64_t i = 0; i < run.n * group; ++i)
       queries.push_back({q.data() + at_head(i), batch.positions[run.first + i / group] + 1});
-    // 16 positions of kWidth dimensions each, `stride` apart.
-    const auto fetch = [&](const void* store, const float* scales, int64_t at, int64_t dim, int64_t stride,
-                           uint16_t* to) {
-      const __mmask16 some = (1u << std::clamp<int64_t>(width - dim, 0, kWidth)) - 1;
-      const int32_t* block = blocks + at / size;
-      int64_t in_block = at % size;  // dividing for each position took most of the time
-      for (int64_t p = 0; p < kWidth; ++p, ++at, ++in_block, to += stride) {
-        __m256i halves = _mm256_setzero_si256();
-        if (in_block == size) ++block, in_block = 0;
-        if (at < length) {
-          const int64_t slot = *block * size + in_block;
-          const int64_t place = (layer * model.n_slots + slot) * model.n_kv_heads + kv_head;
-          const auto* from = static_cast<const typename S::Type*>(store) + place * width + dim;
-          if constexpr (kind == kInt8) {
-            const __m512i whole = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, from));
-            const Floats values = (Floats)_mm512_cvtepi32_ps(whole) * scales[place];
-            halves = _mm512_cvtepi32_epi16((__m512i)((Words)rounded_to_bfloat16(values) >> 16));
-          } else {
-            halves = _mm256_maskz_loadu_epi16(some, from);
-          }
+    const int64_t first = (layer * model.n_kv_heads + kv_head) * model.n_slots;
+    const auto row = [&](const void* store, const float* scales, int64_t place, uint16_t* room) {
+      const auto* from = static_cast<const typename S::Type*>(store) + place * width;
+      if constexpr (kind != kInt8) return from;
+      else {
+        for (int64_t dim = 0; dim < width; dim += kWidth) {
+          const __mmask16 some = (1u << std::min<int64_t>(width - dim, kWidth)) - 1;
+          const __m512i whole = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, from + dim));
+          const Floats values = (Floats)_mm512_cvtepi32_ps(whole) * scales[place];
+          const __m512i words = (__m512i)((Words)rounded_to_bfloat16(values) >> 16);
+          _mm256_storeu_si256((__m256i*)(room + dim), _mm512_cvtepi32_epi16(words));
         }
-        _mm256_store_si256((__m256i*)to, halves);
+        return static_cast<const uint16_t*>(room);
       }
     };
     tiles::attend(
         queries, width,
-        [&](int64_t at, int64_t dim, uint16_t* to) {
-          fetch(model.keys, model.key_scales, at, dim, 2 * kWidth, to);
-          fetch(model.keys, model.key_scales, at, dim + kWidth, 2 * kWidth, to + kWidth);
-        },
-        [&](int64_t at, int64_t dim, uint16_t* to) {
-          fetch(model.values, model.value_scales, at, dim, kWidth, to);
+        [&](int64_t at, uint16_t* room) {
+          const uint32_t short_at = static_cast<uint32_t>(at), short_size = static_cast<uint32_t>(size);
+          const int64_t place = first + blocks[short_at / short_size] * size + short_at % short_size;
+          return tiles::Row{row(model.keys, model.key_scales, place, room),
+                            row(model.values, model.value_scales, place, room + width + kWidth)};
         },
         [&](int64_t query, int64_t dim, Floats values, int n) {
           put(attended.data() + at_head(query) + dim, rounded_to_bfloat16(values), n);
@@ -481,7 +474,7 @@ struct Step {
     };
 #ifdef CODELLAMA_AMX
     if constexpr (kind != kFloat32)
-      if (has_tiles && model.kind == kBfloat16 && (group >= kGroup || run.is_long) && n_queries <= 64)
+      if (has_tiles && model.kind == kBfloat16 && (group >= kGroup || run.is_long) && n_queries <= tiles::kQueries)
         return attend_tiles<kind>(layer, run, kv_head);
 #endif
     const float factor = 1.0f / std::sqrt(static_cast<float>(width));
@@ -493,7 +486,7 @@ struct Step {
         for (int64_t at = begin; at < std::min(begin + size, length); at += kWidth) {
           const int64_t slot = blocks[begin / size] * size + at - begin;
           const int64_t n = std::min<int64_t>({kWidth, begin + size - at, length - at});
-          widen<kind>(store, scales, (layer * model.n_slots + slot) * model.n_kv_heads + kv_head, n, wide);
+          widen<kind>(store, scales, (layer * model.n_kv_heads + kv_head) * model.n_slots + slot, n, wide);
           use(at);
         }
     };
@@ -590,7 +583,7 @@ struct Step {
       for (int64_t g = 0; g < group; ++g)
         rotate(q.data() + (row * model.n_heads + head * group + g) * width, row);
       rotate(k.data() + row * kv + head * width, row);
-      const int64_t place = (number * model.n_slots + batch.slots[row]) * model.n_kv_heads + head;
+      const int64_t place = (number * model.n_kv_heads + head) * model.n_slots + batch.slots[row];
       keep(model.keys, model.key_scales, place, k.data() + row * kv + head * width);
       keep(model.values, model.value_scales, place, v.data() + row * kv + head * width);
     };

@@ -189,116 +189,182 @@ struct Query {
   int64_t n_seen;
 };
 
-constexpr int kQueryTiles = 4;   // tiles of 16 queries that share one reading of keys and values
-constexpr int kSegment = 1024;   // positions whose scores are held at a time
-constexpr int kRow = kSegment + 16;  // a power of two would put all rows into the same lines
+// Where a position's key and value are.
+struct Row {
+  const uint16_t *key, *value;
+};
 
-// Tiles have to be named by numbers that the compiler's macros see.
-#define CODELLAMA_EACH_TILE(use) \
-  do {                           \
-    use(0);                      \
-    if (n_tiles > 1) use(1);     \
-    if (n_tiles > 2) use(2);     \
-    if (n_tiles > 3) use(3);     \
-  } while (false)
+constexpr int kQueries = 256;  // at most, that share one reading of keys and values
+constexpr int kSegment = 64;   // positions whose keys and values are packed at a time: they stay in L1
 
-// The weights of a query for the positions of a segment that it sees, from its scores: bfloat16 in
-// their place. Returns what the earlier sums are multiplied by.
-inline float soften(float* scores, float scale, int64_t n, int64_t n_seen, float& most, float& sum) {
-  Floats peaks = Floats{} + most, sums = {};
-  for (int64_t at = 0; at < n; at += kWidth) {
-    Floats own = loaded(scores + at) * scale;
-    for (int64_t p = std::max<int64_t>(0, n_seen - at); p < kWidth; ++p) own[p] = -INFINITY;
-    keep(own, scores + at);
-    peaks = own > peaks ? own : peaks;
+inline __m512 power_of_two(__m512 x) {  // of 0 and less, to 2e-6; not below 2^-100
+  x = _mm512_max_ps(_mm512_set1_ps(-100.0f), x);  // what is no number stays none
+  const __m512 whole = _mm512_roundscale_ps(x, 0), rest = _mm512_sub_ps(x, whole);
+  __m512 sum = _mm512_set1_ps(1.33335581e-3f);  // ln(2)^n / n!
+  for (const float factor : {9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f})
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(factor));
+  return _mm512_scalef_ps(sum, whole);
+}
+
+inline __m512i pairs_of(__m512 first, __m512 second) {  // as bfloat16, the first ones below
+#ifdef __AVX512BF16__
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  const __m512i low = integers::count(), high = _mm512_add_epi32(low, _mm512_set1_epi32(16));
+  return _mm512_permutexvar_epi16(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)), both);
+#else
+  const Words low = (Words)rounded_to_bfloat16((Floats)first) >> 16;
+  return (__m512i)(low | (Words)rounded_to_bfloat16((Floats)second));
+#endif
+}
+
+inline __m512i halves_of(const uint16_t* from, int64_t n) {  // up to 32, then zeros
+  return _mm512_maskz_loadu_epi16(n < 32 ? (__mmask32{1} << n) - 1 : ~__mmask32{0}, from);
+}
+
+// The scores [n][16] of 16 queries for some positions, those of a query in a column, become weights:
+// tiles of 16 queries with 32 positions in a row. `seen` of the positions, of each query, count.
+// Returns what the earlier sums are multiplied by.
+inline __m512 soften(const float* scores, float scale, int64_t n, const int32_t* seen, bool all_seen,
+                     float* most, float* totals, uint16_t* weights) {
+  const __m512i limits = _mm512_loadu_si512(seen);
+  const auto counts = [&](int64_t at) {
+    const __m512i place = _mm512_set1_epi32(static_cast<int32_t>(at));
+    return all_seen ? __mmask16(0xffff) : _mm512_cmpgt_epi32_mask(limits, place);
+  };
+  const __m512 before = _mm512_loadu_ps(most), scales = _mm512_set1_ps(scale * 1.44269504f);
+  __m512 peaks = before, sums = _mm512_setzero_ps();
+  for (int64_t at = 0; at < n; ++at)
+    peaks = _mm512_mask_max_ps(peaks, counts(at), peaks, _mm512_load_ps(scores + at * kTile));
+  const __m512 offsets = _mm512_mul_ps(peaks, scales);
+  const auto power = [&](int64_t at) {
+    const __m512 score = _mm512_load_ps(scores + at * kTile);
+    return _mm512_maskz_mov_ps(counts(at), power_of_two(_mm512_fmsub_ps(score, scales, offsets)));
+  };
+  for (int64_t begin = 0; begin < n; begin += 2 * kTile) {
+    alignas(64) int32_t pairs[kTile * kTile];
+    for (int i = 0; i < kTile; ++i) {
+      const __m512 first = power(begin + 2 * i), second = power(begin + 2 * i + 1);
+      sums = _mm512_add_ps(sums, _mm512_add_ps(first, second));
+      _mm512_store_si512(pairs + i * kTile, pairs_of(first, second));
+    }
+    __m512i rows[kTile];
+    transpose(pairs, rows);
+    for (int i = 0; i < kTile; ++i) _mm512_store_si512(weights + begin * kTile + i * 2 * kTile, rows[i]);
   }
-  const float peak = _mm512_reduce_max_ps((__m512)peaks);
-  for (int64_t at = 0; at < n; at += kWidth) {
-    const Floats own = loaded(scores + at);
-    const Floats powers = own == -INFINITY ? Floats{} : exp_of(own - peak);
-    sums += powers;
-    const __m512i words = (__m512i)((Words)rounded_to_bfloat16(powers) >> 16);
-    const __m256i halves = _mm512_cvtepi32_epi16(words);
-    std::memcpy(reinterpret_cast<uint16_t*>(scores) + at, &halves, sizeof halves);
-  }
-  const float factor = exp_of(Floats{} + (most - peak))[0];
-  most = peak, sum = sum * factor + total(sums);
+  const __m512 factor = power_of_two(_mm512_mul_ps(_mm512_sub_ps(before, peaks), scales));  // 1 if equal
+  _mm512_storeu_ps(most, peaks);
+  _mm512_storeu_ps(totals, _mm512_fmadd_ps(_mm512_loadu_ps(totals), factor, sums));
   return factor;
 }
 
-// Attention of up to 64 query heads over the keys and values of one sequence, in bfloat16, summed in
-// float. keys(at, dim, to) gives [16 positions, 32 dimensions], values(at, dim, to) [16, 16], with
-// zeros where there are none; store(query, dim, results, n) takes n results.
-template <class Keys, class Values, class Store>
-void attend(const std::vector<Query>& queries, int64_t width, Keys keys, Values values, Store store) {
-  static thread_local std::vector<int8_t> packed;
-  static thread_local std::vector<float> scores, sums;
+// Attention of up to kQueries query heads over the keys and values of one sequence, in bfloat16, summed in
+// float. rows(at, room) tells where the key and the value of a position are, if need be in that room;
+// store(query, dim, results, n) takes n results.
+template <class Rows, class Store>
+void attend(const std::vector<Query>& queries, int64_t width, Rows rows_of, Store store) {
+  struct alignas(64) Scratch {
+    float scores[kSegment * kTile], found[4][kTile * kTile];
+    uint16_t weights[kSegment * kTile];
+    std::vector<int8_t> packed;
+    std::vector<uint16_t> keys, values, rooms;
+    std::vector<float> sums;
+  };
+  static thread_local Scratch one;
+  Scratch& scratch = one;  // looking for what is of a thread takes a call
   const int n_queries = static_cast<int>(queries.size()), n_tiles = (n_queries + kTile - 1) / kTile;
-  const int64_t length = queries.back().n_seen, n_bytes = padded(2 * width);
-  const int64_t n_dims = (width + kTile - 1) / kTile * kTile;
+  const int64_t length = queries.back().n_seen, n_bytes = padded(2 * width), n_wide = n_bytes / 2;
+  const int64_t n_dims = (width + kTile - 1) / kTile * kTile, n_room = n_wide + 2 * kTile;
   const float factor = 1.0f / std::sqrt(static_cast<float>(width));
-  packed.assign(n_tiles * kTile * n_bytes, 0);
-  for (int i = 0; i < n_queries; ++i) keep_token(queries[i].x, width, i, packed.data());
-  scores.resize(n_tiles * kTile * kRow);
-  sums.assign(n_tiles * kTile * n_dims, 0.0f);
-  float most[kQueryTiles * kTile], totals[kQueryTiles * kTile] = {};
+  scratch.packed.assign(n_tiles * kTile * n_bytes, 0), scratch.sums.assign(n_tiles * kTile * n_dims, 0.0f);
+  scratch.keys.resize(kSegment * n_wide), scratch.values.resize(kSegment * n_dims);
+  scratch.rooms.assign(5 * n_room, 0);
+  int8_t* const packed = scratch.packed.data();
+  float* const sums = scratch.sums.data();
+  uint16_t *const own_keys = scratch.keys.data(), *const own_values = scratch.values.data();
+  uint16_t* const rooms = scratch.rooms.data();
+  const Row none = {rooms + 4 * n_room, rooms + 4 * n_room};  // behind the end there may be anything
+  float most[kQueries], totals[kQueries] = {}, factors[kTile];
+  int32_t seen[kQueries];
   std::fill(std::begin(most), std::end(most), -1e30f);
-  alignas(64) uint16_t block[2][kTile * kTile * 2];
-  alignas(64) float found[kQueryTiles * kTile * kTile];
-#define CODELLAMA_STORE(t) _tile_stored(t, found + t * kTile * kTile, kChunk)
-  const auto of_tile = [&](int t) { return scores.data() + t * kTile * kRow; };
+  for (int i = 0; i < n_queries; ++i) keep_token(queries[i].x, width, i, packed);
   for (int64_t begin = 0; begin < length; begin += kSegment) {
     const int64_t n = (std::min<int64_t>(kSegment, length - begin) + 31) / 32 * 32;
-    for (int64_t at = 0; at < n; at += kTile) {
-      CODELLAMA_EACH_TILE(_tile_zero);
-      for (int64_t dim = 0; dim < width; dim += 32) {
-        keys(begin + at, dim, block[0]);
-        see(block[0]);
-        _tile_loadd(4, block[0], kChunk);
-        const int8_t* own = packed.data() + dim * 2 * kTile;
-#define CODELLAMA_USE(t)                               \
-  _tile_loadd(5, own + t * kTile * n_bytes, kChunk); \
-  _tile_dpbf16ps(t, 4, 5)
-        CODELLAMA_EACH_TILE(CODELLAMA_USE);
-#undef CODELLAMA_USE
-      }
-      CODELLAMA_EACH_TILE(CODELLAMA_STORE);
-      for (int t = 0; t < n_tiles; ++t) {
-        __m512i rows[kTile];
-        transpose(reinterpret_cast<int32_t*>(found) + t * kTile * kTile, rows);
-        for (int i = 0; i < std::min(kTile, n_queries - t * kTile); ++i)
-          keep((Floats)rows[i], of_tile(t) + i * kRow + at);
-      }
+    bool all_seen = true;
+    for (int i = 0; i < kQueries; ++i) {
+      const int64_t n_seen = i < n_queries ? queries[i].n_seen - begin : n;
+      seen[i] = static_cast<int32_t>(std::clamp<int64_t>(n_seen, 0, n));
+      all_seen &= seen[i] == n;
     }
-    for (int i = 0; i < n_queries; ++i) {
-      float* own = scores.data() + i * kRow;
-      const float before = soften(own, factor, n, queries[i].n_seen - begin, most[i], totals[i]);
-      for (int64_t dim = 0; begin && dim < n_dims; ++dim) sums[i * n_dims + dim] *= before;
-    }
-    see(scores.data());
-    for (int64_t dim = 0; dim < n_dims; dim += kTile) {
-      CODELLAMA_EACH_TILE(_tile_zero);
-      for (int64_t at = 0; at < n; at += 32) {
-        values(begin + at, dim, block[0]);
-        values(begin + at + kTile, dim, block[0] + kTile * kTile);
-        for (int i = 0; i < kTile; ++i) {  // two positions side by side
-          const auto* first = (const __m256i*)(block[0] + 2 * i * kTile);
-          const __m512i low = _mm512_cvtepu16_epi32(_mm256_load_si256(first));
-          const __m512i high = _mm512_cvtepu16_epi32(_mm256_load_si256(first + 1));
-          _mm512_store_si512(block[1] + i * 2 * kTile, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    for (int64_t at = 0; at < n; at += 2) {  // two values side by side
+      Row rows[2];
+      for (int64_t i = 0; i < 2; ++i) {
+        const int64_t place = begin + at + i;
+        rows[i] = place < length ? rows_of(place, rooms + 2 * i * n_room) : none;
+        for (int64_t dim = 0; dim < n_wide; dim += 32) {  // blocks often follow one another
+          _mm_prefetch((const char*)(rows[i].key + dim) + integers::kAhead, _MM_HINT_T0);
+          _mm_prefetch((const char*)(rows[i].value + dim) + integers::kAhead, _MM_HINT_T0);
+          const __m512i halves = halves_of(rows[i].key + dim, width - dim);
+          _mm512_storeu_si512(own_keys + (at + i) * n_wide + dim, halves);
         }
-        see(block[1]);
-        _tile_loadd(4, block[1], kChunk);
-#define CODELLAMA_USE(t)                                    \
-  _tile_loadd(5, of_tile(t) + at / 2, kRow * sizeof(float)); \
-  _tile_dpbf16ps(t, 5, 4)
-        CODELLAMA_EACH_TILE(CODELLAMA_USE);
-#undef CODELLAMA_USE
       }
-      CODELLAMA_EACH_TILE(CODELLAMA_STORE);
-      for (int i = 0; i < n_queries; ++i) {
-        float* to = &sums[i * n_dims + dim];
-        keep(loaded(to) + loaded(found + i * kTile), to);
+      for (int64_t dim = 0; dim < n_dims; dim += kTile) {
+        const __mmask16 some = width - dim < kTile ? (1u << (width - dim)) - 1 : 0xffff;
+        const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, rows[0].value + dim));
+        const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, rows[1].value + dim));
+        _mm512_storeu_si512(own_values + at * n_dims + 2 * dim,
+                            _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
+    }
+    see(own_keys), see(own_values);
+    for (int t = 0; t < n_tiles; ++t) {
+      for (int64_t at = 0; at < n; at += 2 * kTile) {
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int64_t dim = 0; dim < n_wide; dim += 32) {
+          const uint16_t* from = own_keys + at * n_wide + dim;
+          _tile_loadd(4, packed + t * kTile * n_bytes + dim * 2 * kTile, kChunk);
+          _tile_loadd(5, from, n_bytes);
+          _tile_loadd(6, from + kTile * n_wide, n_bytes);
+          _tile_dpbf16ps(0, 5, 4);
+          _tile_dpbf16ps(1, 6, 4);
+        }
+        _tile_stored(0, scratch.scores + at * kTile, kChunk);
+        _tile_stored(1, scratch.scores + (at + kTile) * kTile, kChunk);
+      }
+      see(scratch.scores);
+      _mm512_storeu_ps(factors, soften(scratch.scores, factor, n, seen + t * kTile, all_seen,
+                                       most + t * kTile, totals + t * kTile, scratch.weights));
+      see(scratch.weights);
+      for (int64_t dim = 0; dim < n_dims; dim += 4 * kTile) {
+        const int n_blocks = static_cast<int>(std::min<int64_t>(4, (n_dims - dim) / kTile));
+// Tiles have to be named by numbers that the compiler's macros see.
+#define CODELLAMA_EACH(use) \
+  do {                      \
+    use(0);                 \
+    if (n_blocks > 1) use(1); \
+    if (n_blocks > 2) use(2); \
+    if (n_blocks > 3) use(3); \
+  } while (false)
+#define CODELLAMA_STORE(j) _tile_stored(j, scratch.found[j], kChunk)
+#define CODELLAMA_USE(j)                             \
+  _tile_loadd(5, from + 2 * j * kTile, 4 * n_dims); \
+  _tile_dpbf16ps(j, 4, 5)
+        CODELLAMA_EACH(_tile_zero);
+        for (int64_t at = 0; at < n; at += 2 * kTile) {
+          const uint16_t* from = own_values + at * n_dims + 2 * dim;
+          _tile_loadd(4, scratch.weights + at * kTile, kChunk);
+          CODELLAMA_EACH(CODELLAMA_USE);
+        }
+        CODELLAMA_EACH(CODELLAMA_STORE);
+        see(scratch.found);
+        for (int i = 0; i < std::min(kTile, n_queries - t * kTile); ++i)
+          for (int j = 0; j < n_blocks; ++j) {
+            float* to = &sums[(t * kTile + i) * n_dims + dim + j * kTile];
+            keep(loaded(to) * factors[i] + loaded(scratch.found[j] + i * kTile), to);
+          }
+#undef CODELLAMA_USE
+#undef CODELLAMA_STORE
+#undef CODELLAMA_EACH
       }
     }
   }
@@ -307,9 +373,6 @@ void attend(const std::vector<Query>& queries, int64_t width, Keys keys, Values 
       store(i, dim, loaded(&sums[i * n_dims + dim]) / totals[i],
             static_cast<int>(std::min<int64_t>(kTile, width - dim)));
 }
-
-#undef CODELLAMA_STORE
-#undef CODELLAMA_EACH_TILE
 
 }  // namespace tiles
 
