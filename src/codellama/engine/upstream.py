@@ -197,8 +197,8 @@ def request_of(ask: Ask) -> tuple[str, dict[str, Any]]:
     if ask.stop_ids:
         body["stop_token_ids"] = ask.stop_ids
     for name in _SAME_NAMES:
-        if (value := getattr(params, name)) != getattr(usual, name):
-            body[name] = value
+        if (value := getattr(params, name)) != getattr(usual, name) or name == "top_p":
+            body[name] = value  # llama.cpp's own top_p is 0.95
     if params.logit_bias:
         body["logit_bias"] = {str(token): bias for token, bias in params.logit_bias}
     if params.logprobs or params.top_logprobs:
