@@ -209,29 +209,34 @@ def bench_engine(
     gather(model)
     vocabulary = model.config.vocab_size
     results: dict[str, Any] = {"weight_bytes": weight_bytes(model)}
-    ratios = []
+
+    def start(n: int, n_prompt: int, n_new: int) -> Engine:
+        tokens = n * (n_prompt + n_new + 16)
+        return Engine.of(model, tokenizer, max_guesses=0, max_batch=n, cache_tokens=tokens)
+
+    def share_of_memory(n: int, n_prompt: int, n_new: int) -> float:
+        engine = start(n, n_prompt, n_new)
+        run_engine(engine, draw_prompts(n, n_prompt, vocabulary), n_new, options.clock)
+        cache = engine._runner.cache
+        held = [*model.state_dict().values(), cache.keys, cache.values]
+        return memory.peak / sum(tensor.nbytes for tensor in held)
+
+    sizes = [(1, options.prefill, 2), *((n, options.prompt, options.new) for n in batches)]
+    share = max(share_of_memory(*size) for size in sizes)
+    memory.stop()  # taking samples takes time from the threads
 
     def measure(n: int, n_prompt: int, n_new: int) -> Any:
-        tokens = n * (n_prompt + n_new + 16)
-        engine = Engine.of(model, tokenizer, max_guesses=0, max_batch=n, cache_tokens=tokens)
-        times = median_of(
+        engine = start(n, n_prompt, n_new)
+        return median_of(
             lambda prompts: run_engine(engine, prompts, n_new, options.clock),
             lambda: draw_prompts(n, n_prompt, vocabulary),
             options.runs,
         )
-        held = [
-            *model.state_dict().values(),
-            engine._runner.cache.keys,
-            engine._runner.cache.values,
-        ]
-        ratios.append(memory.peak / sum(tensor.nbytes for tensor in held))
-        return times
 
     results["prefill_tokens_per_s"] = round(options.prefill / measure(1, options.prefill, 2)[0], 1)
     for n in batches:
         results[f"batch {n}"] = speeds(measure(n, options.prompt, options.new), n, options)
-    memory.stop()
-    return {**results, "memory_of_weights_and_cache": round(max(ratios), 3)}
+    return {**results, "memory_of_weights_and_cache": round(share, 3)}
 
 
 def bench_keystroke(folder: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -274,6 +279,7 @@ def bench_llama(folder: Path, precision: str, options: argparse.Namespace) -> di
     path = Path(options.work) / "model.gguf"
     path.unlink(missing_ok=True)
     convert(folder, path, "gguf", dtype=dtype, quantize=quantize)
+    os.sync()  # else it is written while speed is measured
     threads = torch.get_num_threads()
     sizes = (threads, options.prompt, options.prefill, options.new, options.runs)
     vocabulary = ModelConfig.from_hf(json.loads((folder / "config.json").read_text())).vocab_size
@@ -374,6 +380,7 @@ def main() -> None:
                 folder = Path(work) / "model"
                 longest = max(2048, options.keystroke + 64)
                 build(folder, SHAPES[shape].replace(max_position_embeddings=longest))
+                os.sync()
             config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
             found = results[shape] = {}
 

@@ -176,7 +176,7 @@ void dot_int4(const Matrix& m, int64_t output, const Inputs* x, float* results) 
   const uint16_t* lows = scales + n_groups;
 #ifdef CODELLAMA_VNNI
   constexpr int kSpan = 4 * kPair;  // inputs whose 16 scales make one vector
-  const int64_t n_span = kSpan / m.group, n_bytes = n_padded / 2;
+  const int64_t n_span = kSpan / m.group;
   const __m512i spread = _mm512_srl_epi32(count(), _mm_cvtsi32_si128(m.group / 64));
   // Lanes take turns between the halves of a chunk; the upper eight are of the second chunk.
   const __m512i turns = _mm512_setr_epi32(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3);
@@ -190,12 +190,15 @@ void dot_int4(const Matrix& m, int64_t output, const Inputs* x, float* results) 
     __m512 both[n_rows];
     for (int r = 0; r < n_rows; ++r)
       both[r] = _mm512_mul_ps(scale, _mm512_loadu_ps(x[r].scales + begin / 32));
-    const auto multiply = [&](int64_t at, __mmask64 some) {
+    for (int i = 0; i < 4; ++i) {
+      const int64_t at = begin + i * kPair, n_left = n_padded - at;
+      if (n_left <= 0) break;
+      const __mmask64 some = n_left < kPair ? (__mmask64{1} << 32) - 1 : ~__mmask64{0};
       _mm_prefetch((const char*)(packed + at / 2 + kAhead), _MM_HINT_T0);
       const __m512i bytes = _mm512_maskz_loadu_epi8(some, packed + at / 2);
       const __m512i first = _mm512_and_si512(bytes, low_bits);
       const __m512i second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low_bits);
-      const __m512i lanes = _mm512_add_epi32(turns, _mm512_set1_epi32((at - begin) / 32));
+      const __m512i lanes = _mm512_add_epi32(turns, _mm512_set1_epi32(4 * i));
       for (int r = 0; r < n_rows; ++r) {
         const int8_t* own = x[r].x + at;
         __m512i products = _mm512_setzero_si512();
@@ -204,13 +207,7 @@ void dot_int4(const Matrix& m, int64_t output, const Inputs* x, float* results) 
         const __m512 factor = _mm512_permutexvar_ps(lanes, both[r]);
         parts[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), factor, parts[r]);
       }
-    };
-    if (begin + kSpan <= n_padded) {
-      for (int i = 0; i < 4; ++i) multiply(begin + i * kPair, ~__mmask64{0});
-      continue;
     }
-    for (int64_t at = begin; at < n_padded; at += kPair)
-      multiply(at, at + kPair <= n_padded ? ~__mmask64{0} : (__mmask64{1} << 32) - 1);
   }
   for (int64_t g = 0; g < n_groups; g += 16) {
     const __m512 low = widened_some(lows + g, n_groups - g);

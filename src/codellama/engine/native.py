@@ -92,7 +92,7 @@ class _Pace:
     """Whether one thread or all run short passes faster, as those before them tell.
 
     Threads meet some thirty times a pass, and where other programs use the processors as well, that
-    can take longer than the pass.
+    can take longer than the pass. Threads that slept are late: each number is tried twice in a row.
     """
 
     def __init__(self, trial_every: int = 200) -> None:
@@ -103,9 +103,9 @@ class _Pace:
     def choose(self, n_rows: int, n_threads: int) -> int:
         size = n_rows.bit_length()
         self._n_passes[size] = n_passes = self._n_passes.get(size, 0) + 1
-        if n_passes <= 6:
-            return n_threads if n_passes % 2 else 1
-        is_trial = n_passes % self._trial_every == 0
+        if n_passes < 8:
+            return n_threads if n_passes // 2 % 2 == 0 else 1
+        is_trial = n_passes % self._trial_every < 2
         of_one, of_all = (self._seconds.get((size, n), 0.0) for n in (1, n_threads))
         return 1 if (of_one <= of_all) != is_trial else n_threads
 
