@@ -236,11 +236,12 @@ def test_an_evaluation_goes_on_where_the_servers_failed(parrots, tmp_path, monke
     path = tmp_path / "samples.jsonl"
     with pytest.raises(ConnectionError, match=r"HTTP 500: .*no, because 500"):
         sampling.sample(endpoint, Lines(), path, decoding, {})
-    assert len(path.read_text().splitlines()) == 4
+    n_kept = len(path.read_text().splitlines())
+    assert n_kept in (4, 5), "the fifth ended before the sixth failed, or was not waited for"
     sampling.sample(endpoint, Lines(), path, decoding, {})
     found = [json.loads(line)["completion"] for line in path.read_text().splitlines()]
     assert found == [text for text in BACKWARDS for _ in range(2)]
-    assert parrots[0].n_asked == 6 + 6
+    assert parrots[0].n_asked == 6 + 10 - n_kept
 
 
 def test_eval_of_an_address(parrots, shared_data, tmp_path, capsys):

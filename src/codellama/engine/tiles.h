@@ -257,9 +257,9 @@ inline __m512 soften(const float* scores, float scale, int64_t n, const int32_t*
   return factor;
 }
 
-// Attention of up to kQueries query heads over the keys and values of one sequence, in bfloat16, summed in
-// float. rows(at, room) tells where the key and the value of a position are, if need be in that room;
-// store(query, dim, results, n) takes n results.
+// Attention of up to kQueries query heads over the keys and values of one sequence, in bfloat16,
+// summed in float. rows_of(at, room) tells where the key and the value of a position are, if need be
+// in that room; store(query, dim, results, n) takes n results.
 template <class Rows, class Store>
 void attend(const std::vector<Query>& queries, int64_t width, Rows rows_of, Store store) {
   struct alignas(64) Scratch {
@@ -290,7 +290,7 @@ void attend(const std::vector<Query>& queries, int64_t width, Rows rows_of, Stor
   for (int64_t begin = 0; begin < length; begin += kSegment) {
     const int64_t n = (std::min<int64_t>(kSegment, length - begin) + 31) / 32 * 32;
     bool all_seen = true;
-    for (int i = 0; i < kQueries; ++i) {
+    for (int i = 0; i < n_tiles * kTile; ++i) {
       const int64_t n_seen = i < n_queries ? queries[i].n_seen - begin : n;
       seen[i] = static_cast<int32_t>(std::clamp<int64_t>(n_seen, 0, n));
       all_seen &= seen[i] == n;
