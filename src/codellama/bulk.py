@@ -56,8 +56,8 @@ def complete_into(
                 return  # not whole: it is asked for again
             number = left[place]
             texts = [asdict(completion) for completion in found]
-            row = {"index": number, "prompt_sha256": named[number], "completions": texts}
-            append(rows.setdefault(number, row))
+            rows[number] = {"index": number, "prompt_sha256": named[number], "completions": texts}
+            append(rows[number])
             progress(len(rows), len(prompts))
 
         generator.complete([prompts[number] for number in left], params, on_end=keep)

@@ -108,7 +108,7 @@ def test_many_that_write_beside_prompts(long_model, small_tokenizer, expected):
 @pytest.mark.parametrize("n_heads", [4, 8])
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8])
 def test_long_texts_through_the_compiled_step(cache_dtype, n_heads):
-    """Of two segments and a part, however it is cut, with heads that fill no tile: as near to
+    """Of many segments and a part, however it is cut, with heads that fill no tile: as near to
     float32 as the modules are."""
     config = ModelConfig(96, 2, n_heads, 2, 160, 67, rope_theta=1e4, initializer_range=0.2)
     exact = Transformer(config).requires_grad_(False)

@@ -34,8 +34,7 @@ from codellama.model.quantize import Int4Linear, Int8Linear
 from codellama.model.transformer import Block, Transformer
 
 SOURCE = Path(__file__).with_name("step.cpp")
-HEADER_NAMES = ("vectors.h", "integers.h", "tiles.h", "threads.h")
-HEADERS = [SOURCE.with_name(name) for name in HEADER_NAMES]
+HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("vectors", "integers", "tiles", "threads")]
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-pthread")
 MAX_ROWS = 64  # without a matrix unit; with more tokens in a pass, PyTorch is faster
 FEW_ROWS = 4  # up to here the step does without tiles too

@@ -257,6 +257,15 @@ inline __m512 soften(const float* scores, float scale, int64_t n, const int32_t*
   return factor;
 }
 
+// Tiles have to be named by numbers that the compiler's macros see.
+#define CODELLAMA_EACH(use)   \
+  do {                        \
+    use(0);                   \
+    if (n_blocks > 1) use(1); \
+    if (n_blocks > 2) use(2); \
+    if (n_blocks > 3) use(3); \
+  } while (false)
+
 // Attention of up to kQueries query heads over the keys and values of one sequence, in bfloat16,
 // summed in float. rows_of(at, room) tells where the key and the value of a position are, if need be
 // in that room; store(query, dim, results, n) takes n results.
@@ -337,14 +346,6 @@ void attend(const std::vector<Query>& queries, int64_t width, Rows rows_of, Stor
       see(scratch.weights);
       for (int64_t dim = 0; dim < n_dims; dim += 4 * kTile) {
         const int n_blocks = static_cast<int>(std::min<int64_t>(4, (n_dims - dim) / kTile));
-// Tiles have to be named by numbers that the compiler's macros see.
-#define CODELLAMA_EACH(use) \
-  do {                      \
-    use(0);                 \
-    if (n_blocks > 1) use(1); \
-    if (n_blocks > 2) use(2); \
-    if (n_blocks > 3) use(3); \
-  } while (false)
 #define CODELLAMA_STORE(j) _tile_stored(j, scratch.found[j], kChunk)
 #define CODELLAMA_USE(j)                             \
   _tile_loadd(5, from + 2 * j * kTile, 4 * n_dims); \
@@ -364,7 +365,6 @@ void attend(const std::vector<Query>& queries, int64_t width, Rows rows_of, Stor
           }
 #undef CODELLAMA_USE
 #undef CODELLAMA_STORE
-#undef CODELLAMA_EACH
       }
     }
   }
@@ -373,6 +373,8 @@ void attend(const std::vector<Query>& queries, int64_t width, Rows rows_of, Stor
       store(i, dim, loaded(&sums[i * n_dims + dim]) / totals[i],
             static_cast<int>(std::min<int64_t>(kTile, width - dim)));
 }
+
+#undef CODELLAMA_EACH
 
 }  // namespace tiles
 

@@ -24,7 +24,7 @@ MAX_WAIT_S = 30.0  # before a server that failed is asked again
 DESCRIBE_S = 10.0
 _PROBE = "def f(x):\n    return 'é'"
 _SAME_NAMES = (
-    *("top_p", "top_k", "min_p", "seed", "stop"),
+    *("top_k", "min_p", "seed", "stop"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
 
@@ -188,6 +188,7 @@ def request_of(ask: Ask) -> tuple[str, dict[str, Any]]:
     body: dict[str, Any] = {
         "max_tokens": params.max_tokens,
         "temperature": params.temperature,
+        "top_p": params.top_p,  # llama.cpp's own is 0.95
         "return_token_ids": True,
     }
     is_chat = not isinstance(ask.prompt, str) and isinstance(next(iter(ask.prompt), 0), dict)
@@ -197,8 +198,8 @@ def request_of(ask: Ask) -> tuple[str, dict[str, Any]]:
     if ask.stop_ids:
         body["stop_token_ids"] = ask.stop_ids
     for name in _SAME_NAMES:
-        if (value := getattr(params, name)) != getattr(usual, name) or name == "top_p":
-            body[name] = value  # llama.cpp's own top_p is 0.95
+        if (value := getattr(params, name)) != getattr(usual, name):
+            body[name] = value
     if params.logit_bias:
         body["logit_bias"] = {str(token): bias for token, bias in params.logit_bias}
     if params.logprobs or params.top_logprobs:
